@@ -1,0 +1,40 @@
+"""Lets torchvision be imported where its compiled operators do not load.
+
+torchvision registers shape functions for `nms` and `qnms` at import and fails when the operators are unknown,
+which happens with a CPU build of torch beside the registry's torchvision wheel. Nothing in this project calls
+them, so their schemas are enough. Where the real operators load, nothing is done.
+"""
+
+import importlib.machinery
+import importlib.util
+import pathlib
+
+import torch
+
+_OPERATORS = ("nms", "qnms")
+_library: torch.library.Library | None = None
+
+
+def ensure_operators() -> None:
+    """Define the schemas of torchvision's missing operators. Call before torchvision's first import; idempotent."""
+    global _library
+    if _library is not None or _compiled_operators_load():
+        return
+    _library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in _OPERATORS:
+        _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _compiled_operators_load() -> bool:
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return True
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        compiled = pathlib.Path(spec.origin).parent / f"_C{suffix}"
+        if compiled.exists():
+            try:
+                torch.ops.load_library(str(compiled))
+            except OSError:
+                return False
+            return True
+    return False

@@ -1,0 +1,36 @@
+"""Every error that the project raises on purpose.
+
+DiffusionKDError
+├── ConfigError            a setting is unknown, malformed or out of range
+├── DataError              images, captions or prompts that cannot be used
+├── ModelError             a model folder or its weights cannot be used
+│   └── ArtifactError      an exported student cannot be written or read
+└── UnknownShapeError      a word outside the shapes domain
+
+Messages say what was wrong, what was given and what would do. Command lines print the message alone and
+exit with code 2; a traceback means a defect of ours.
+"""
+
+
+class DiffusionKDError(Exception):
+    """Root of all deliberate errors."""
+
+
+class ConfigError(DiffusionKDError):
+    """A setting is unknown, malformed or out of range."""
+
+
+class DataError(DiffusionKDError):
+    """Images, captions or prompts that cannot be used."""
+
+
+class ModelError(DiffusionKDError):
+    """A model folder or its weights cannot be used."""
+
+
+class ArtifactError(ModelError):
+    """An exported student cannot be written or read."""
+
+
+class UnknownShapeError(DiffusionKDError):
+    """A word outside the shapes domain."""

@@ -1,0 +1,1 @@
+"""The embedded reference domain: scenes, an oracle that reads them, and the shipped models."""
