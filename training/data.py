@@ -1,6 +1,7 @@
 """Captioned images to train on: the endless shapes, or a folder of the user's own."""
 
 import json
+import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_kd import errors
+from diffusion_kd import errors, pipeline
 from diffusion_kd.shapes import scenes
+
+_log = logging.getLogger(__name__)
+
+_TEACHER_BATCH = 16
 
 
 class CaptionedImages(Protocol):
@@ -126,6 +131,31 @@ def _cover(image: PIL.Image.Image, size_px: int) -> NDArray[np.uint8]:
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.resize((size_px, size_px), PIL.Image.Resampling.LANCZOS, box=box))
+
+
+def teacher_images(teacher: str, prompts: pathlib.Path, folder: pathlib.Path, seed: int) -> "FolderImages":
+    """Let a teacher draw a text file's prompts, one a line, into `folder`; pictures that are there already stay.
+
+    Raises DataError for a file that is missing or holds no prompt, ModelError for the teacher.
+    """
+    if not prompts.is_file():
+        raise errors.DataError(f"no file {prompts}; give a text file with a prompt a line")
+    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not texts:
+        raise errors.DataError(f"{prompts} holds no prompts; write one a line")
+    sampler = pipeline.load_teacher(teacher)
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(texts), _TEACHER_BATCH):
+        wanted = [index for index in range(start, min(start + _TEACHER_BATCH, len(texts))) if not (folder / f"{index}.png").exists()]
+        if wanted:
+            images = sampler([texts[index] for index in wanted], [seed + index for index in wanted])
+            for index, image in zip(wanted, images, strict=True):
+                pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+                PIL.Image.fromarray(pixels).save(folder / f"{index}.png")
+            _log.info("the teacher has drawn %d of %d prompts", wanted[-1] + 1, len(texts))
+    lines = [json.dumps({"file_name": f"{index}.png", "text": text}) for index, text in enumerate(texts)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return FolderImages(folder, sampler.size_px)
 
 
 def to_tensor(images_uint8: NDArray[np.uint8]) -> Tensor:

@@ -12,11 +12,10 @@ On several processes: `accelerate launch --cpu --num_processes 2 -m training.tea
 
 import argparse
 import dataclasses
-import itertools
 import logging
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import accelerate
@@ -24,10 +23,11 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.models import attention_processor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_kd import conditioning, errors, types
+from diffusion_kd import artifact, conditioning, errors, types
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.shapes import model, scenes
 from training import config as configs
@@ -52,16 +52,16 @@ class TeacherConfig:
     prediction_type: str = "v_prediction"
     caption_dropout: float = 0.1
     cell_weight: float = 0.1
-    kl_weight: float = 3e-4
+    kl_weight: float = 1e-4
     stages: list[str] = dataclasses.field(default_factory=lambda: ["contrastive", "vae", "unet"])
-    contrastive: loop.StageConfig = dataclasses.field(
-        default_factory=lambda: loop.StageConfig(images=400_000, batch_size=128, learning_rate=1e-3)
+    contrastive: loop.LoopConfig = dataclasses.field(
+        default_factory=lambda: loop.LoopConfig(images=400_000, batch_size=128, learning_rate=1e-3)
     )
-    vae: loop.StageConfig = dataclasses.field(
-        default_factory=lambda: loop.StageConfig(images=60_000, batch_size=16, learning_rate=2e-3, warmup_images=1_000)
+    vae: loop.LoopConfig = dataclasses.field(
+        default_factory=lambda: loop.LoopConfig(images=60_000, batch_size=16, learning_rate=2e-3, warmup_images=1_000)
     )
-    unet: loop.StageConfig = dataclasses.field(
-        default_factory=lambda: loop.StageConfig(
+    unet: loop.LoopConfig = dataclasses.field(
+        default_factory=lambda: loop.LoopConfig(
             images=2_000_000, batch_size=64, learning_rate=1e-3, ema_decay=0.999, checkpoint_every_s=120
         )
     )
@@ -109,21 +109,30 @@ class Contrastive(nn.Module):
 
 
 class Autoencoding(nn.Module):
-    """L1 and squared error of the reconstruction, and a light KL."""
+    """L1 and squared error of the reconstruction, a light KL, and the cells read out of the latents.
+
+    Latents out of which a linear layer reads what lies where are far easier to denoise (Yao et al. 2025, VA-VAE,
+    align them with a pretrained network's features; here the scenes themselves are known).
+    """
 
     def __init__(self, vae: diffusers.AutoencoderKL, kl_weight: float) -> None:
         super().__init__()
         self.vae, self.kl_weight = vae, kl_weight
+        self.cells = CellReader(model.LATENT_CHANNELS)
 
-    def forward(self, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor, labels: Tensor | None, cell_weight: float) -> dict[str, Tensor]:
         posterior = self.vae.encode(images).latent_dist
-        restored = self.vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        latents = posterior.mean + posterior.std * noise
+        restored = self.vae.decode(latents).sample.float()
         kl = (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean() / 2
-        return {
+        losses = {
             "l1": functional.l1_loss(restored, images),
             "squared": functional.mse_loss(restored, images),
             "kl": self.kl_weight * kl,
         }
+        if labels is not None:
+            losses["cells"] = cell_weight * self.cells(latents, labels)
+        return losses
 
 
 class Denoising(nn.Module):
@@ -184,7 +193,10 @@ def _images(config: TeacherConfig, folder: pathlib.Path | None) -> data.Captione
 class Build:
     """One training of a teacher: its parts, its data and its run folder."""
 
-    def __init__(self, config: TeacherConfig, folder: pathlib.Path, images: data.CaptionedImages) -> None:
+    def __init__(
+        self, config: TeacherConfig, folder: pathlib.Path, images: data.CaptionedImages, *, train_further: bool = True
+    ) -> None:
+        self.train_further = train_further
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
         self.config, self.folder, self.images = config, folder, images
         torch.manual_seed(config.seed)
@@ -195,6 +207,9 @@ class Build:
         self.image_encoder = model.build_image_encoder()
         self.vae = model.build_vae()
         self.unet = model.build_unet()
+        if self.accelerator.device.type == "cpu":
+            # A third faster here: the backward of torch's fused attention is slow on CPUs.
+            self.unet.set_attn_processor(attention_processor.AttnProcessor())
 
     def _rng(self, stage: int, step: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, stage, step, self.accelerator.process_index))
@@ -207,35 +222,53 @@ class Build:
         ids, ids_2 = self.text.tokenize(self.images.captions(indices, seed))
         return {"ids": ids, "ids_2": ids_2}
 
+    def _labels(self, indices: list[int]) -> Tensor | None:
+        labels = self.images.cell_labels(indices, model.LATENT_SIZE)
+        return None if labels is None else torch.from_numpy(labels)
+
     def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
+    def _fit(self, stage: str, module: nn.Module, draw: Callable[[int, int], dict[str, Any]]) -> Any:
+        config: loop.LoopConfig = getattr(self.config, stage)
+        learner = loop.Learner(stage, module, config.learning_rate)
+        train = loop.fit if self.train_further else loop.restore
+        return train(self.accelerator, [learner], draw, config, self.folder / stage, averaged=module)
+
     def train_contrastive(self) -> None:
         def draw(step: int, count: int) -> dict[str, Any]:
             indices = self._pick(self._rng(1, step), count, self.images.group_size)
-            labels = self.images.cell_labels(indices, model.LATENT_SIZE)
             return self._to_device(
                 {
                     "images": data.to_tensor(self.images.images_uint8(indices)),
                     **self._tokens(indices, step),
-                    "labels": None if labels is None else torch.from_numpy(labels),
+                    "labels": self._labels(indices),
                     "cell_weight": 10 * self.config.cell_weight,
                 }
             )
 
         module = Contrastive(self.text, self.image_encoder)
-        loop.fit(self.accelerator, "contrastive", module, draw, self.config.contrastive, self.folder / "contrastive")
+        self._fit("contrastive", module, draw)
+        # The text encoders go on learning with the U-Net; the feature network keeps what they know now.
+        self.clip = model.join_clip(self.text.text_encoder_2, self.image_encoder)
 
     def train_vae(self) -> None:
         def draw(step: int, count: int) -> dict[str, Any]:
             rng = self._rng(2, step)
-            images = data.to_tensor(self.images.images_uint8(self._pick(rng, count)))
+            indices = self._pick(rng, count)
             shape = (count, model.LATENT_CHANNELS, model.LATENT_SIZE, model.LATENT_SIZE)
-            return self._to_device({"images": images, "noise": torch.from_numpy(rng.standard_normal(shape, np.float32))})
+            return self._to_device(
+                {
+                    "images": data.to_tensor(self.images.images_uint8(indices)),
+                    "noise": torch.from_numpy(rng.standard_normal(shape, np.float32)),
+                    "labels": self._labels(indices),
+                    "cell_weight": self.config.cell_weight,
+                }
+            )
 
         module = Autoencoding(self.vae, self.config.kl_weight)
-        loop.fit(self.accelerator, "vae", module, draw, self.config.vae, self.folder / "vae")
+        self._fit("vae", module, draw)
         self._normalise_latents()
 
     @torch.no_grad()
@@ -247,10 +280,9 @@ class Build:
         """
         self.vae.to(self.accelerator.device).eval()
         indices = range(0, len(self.images), max(len(self.images) // 2048, 1))
-        latents = torch.cat([self._encode(list(chunk)) for chunk in itertools.batched(indices, 128)]) if hasattr(itertools, "batched") else torch.cat(
-            [self._encode(list(indices[start : start + 128])) for start in range(0, len(indices), 128)]
-        )
-        mean, deviation = latents.mean((0, 2, 3)).to(self.accelerator.device), latents.std((0, 2, 3)).to(self.accelerator.device)
+        latents = torch.cat([self._encode(list(indices[start : start + 128])) for start in range(0, len(indices), 128)])
+        latents = latents.to(self.accelerator.device)
+        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         _log.info("latent deviations before normalising: %s", " ".join(f"{value:.2f}" for value in deviation))
         channels = model.LATENT_CHANNELS
         encode, decode = self.vae.quant_conv, self.vae.post_quant_conv
@@ -266,25 +298,39 @@ class Build:
         with self.accelerator.autocast():
             return self.vae.encode(images).latent_dist.mean.float().cpu()
 
-    def cache_latents(self) -> Tensor:
-        """Encode every image once, shared among the processes. Returns (N, C, h, w) float16 on the CPU."""
+    def cache_latents(self) -> tuple[Tensor, Tensor | None]:
+        """Encode every image once, shared among the processes.
+
+        Returns latents (N, C, h, w) float16 and cell labels (N, 3, h, w) uint8 or None, on the CPU.
+        """
         path = self.folder / "latents.pt"
-        mine = self.folder / f"latents.{self.accelerator.process_index}.pt"
         if not path.exists():
-            count, workers = len(self.images), self.accelerator.num_processes
-            own = range(self.accelerator.process_index * count // workers, (self.accelerator.process_index + 1) * count // workers)
-            parts = [self._encode(list(own[start : start + 128])).half() for start in range(0, len(own), 128)]
-            torch.save(torch.cat(parts), mine)
+            rank, workers, count = self.accelerator.process_index, self.accelerator.num_processes, len(self.images)
+            own = range(rank * count // workers, (rank + 1) * count // workers)
+            chunks = [list(own[start : start + 128]) for start in range(0, len(own), 128)]
+            labels = [self.images.cell_labels(chunk, model.LATENT_SIZE) for chunk in chunks]
+            part = {
+                "latents": torch.cat([self._encode(chunk).half() for chunk in chunks]),
+                "labels": None if labels[0] is None else torch.from_numpy(np.concatenate(labels)).to(torch.uint8),
+            }
+            loop.save_atomically(part, self.folder / f"latents.{rank}.pt")
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                parts = [torch.load(self.folder / f"latents.{worker}.pt") for worker in range(workers)]
-                loop.save_atomically(torch.cat(parts), path)
+                self._join_parts([self.folder / f"latents.{worker}.pt" for worker in range(workers)], path)
             self.accelerator.wait_for_everyone()
-            mine.unlink()
-        return torch.load(path, mmap=True)
+        cached = torch.load(path, mmap=True)
+        return cached["latents"], cached["labels"]
+
+    @staticmethod
+    def _join_parts(paths: list[pathlib.Path], joined: pathlib.Path) -> None:
+        parts = [torch.load(path) for path in paths]
+        labels = None if parts[0]["labels"] is None else torch.cat([part["labels"] for part in parts])
+        loop.save_atomically({"latents": torch.cat([part["latents"] for part in parts]), "labels": labels}, joined)
+        for path in paths:
+            path.unlink()
 
     def train_unet(self) -> None:
-        latents = self.cache_latents()
+        latents, labels = self.cache_latents()
         schedule = NoiseSchedule.from_scheduler(model.build_noise_scheduler(self.config.prediction_type))
         module = Denoising(self.unet, self.text, schedule, types.prediction_type(self.config.prediction_type))
         # SDXL reads the token states before the last layer, so the first encoder's last layer has no gradient here.
@@ -295,7 +341,6 @@ class Build:
             rng = self._rng(3, step)
             indices = self._pick(rng, count)
             chosen = latents[indices].float()
-            labels = self.images.cell_labels(indices, model.LATENT_SIZE)
             strata = (rng.permutation(count) + rng.random(count)) / count
             return self._to_device(
                 {
@@ -304,13 +349,29 @@ class Build:
                     "timesteps": torch.from_numpy((strata * len(schedule)).astype(np.int64)),
                     **self._tokens(indices, step),
                     "dropped": torch.from_numpy(rng.random(count) < self.config.caption_dropout),
-                    "labels": None if labels is None else torch.from_numpy(labels),
+                    "labels": None if labels is None else labels[indices].long(),
                     "cell_weight": self.config.cell_weight,
                 }
             )
 
-        averaged = loop.fit(self.accelerator, "unet", module, draw, self.config.unet, self.folder / "unet")
+        averaged = self._fit("unet", module, draw)
         self.unet, self.text = averaged.unet, averaged.text
+
+    def train(self) -> None:
+        """Run all stages, each going on from its checkpoint, then export."""
+        for stage in ("contrastive", "vae", "unet"):
+            if stage in self.config.stages:
+                getattr(self, f"train_{stage}")()
+        if self.accelerator.is_main_process and "unet" in self.config.stages:
+            self.export()
+
+    def export(self) -> None:
+        """Write the teacher as an SDXL-layout pipeline folder, and the embedded feature network beside it."""
+        parts = artifact.Parts(self.unet, self.vae, self.text, model.build_noise_scheduler(self.config.prediction_type))
+        artifact.save_pipeline(self.folder / "teacher", parts=parts)
+        self.clip.half().save_pretrained(self.folder / "encoder")
+        model.save_tokenizer(self.text.tokenizers[0], self.folder / "encoder")
+        _log.info("exported %s and %s", self.folder / "teacher", self.folder / "encoder")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -318,19 +379,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--config", default="shapes", help="a YAML file or a name in training/configs")
     parser.add_argument("--data", type=pathlib.Path, help="a folder with images and metadata.jsonl instead of shapes")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/teacher"), help="the run's folder")
+    parser.add_argument("--export-now", action="store_true", help="train no further; export what the checkpoints hold")
     parser.add_argument("overrides", nargs="*", help="key=value")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(TeacherConfig, given.config, given.overrides)
     images = _images(config, given.data)
     given.out.mkdir(parents=True, exist_ok=True)
-    build = Build(config, given.out, images)
-    for stage in config.stages:
-        getattr(build, f"train_{stage}")()
+    build = Build(config, given.out, images, train_further=not given.export_now)
+    build.train()
 
 
 if __name__ == "__main__":
     try:
         main()
     except errors.DiffusionKDError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -63,6 +63,12 @@ def build_tokenizer(captions: Iterable[str], merges: int = 600) -> transformers.
     )
 
 
+def save_tokenizer(tokenizer: transformers.CLIPTokenizer, folder: pathlib.Path) -> None:
+    """Write a tokenizer, and its vocabulary and merges in CLIP's own files too, for libraries that read those."""
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+
 def _text_config(tokenizer: transformers.CLIPTokenizer, width: int) -> transformers.CLIPTextConfig:
     return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -112,6 +118,18 @@ def build_image_encoder() -> transformers.CLIPVisionModelWithProjection:
             hidden_act="gelu",
         )
     )
+
+
+def join_clip(
+    text: transformers.CLIPTextModelWithProjection, image: transformers.CLIPVisionModelWithProjection
+) -> transformers.CLIPModel:
+    """A copy of two towers as one CLIP model: the embedded feature network."""
+    config = transformers.CLIPConfig(
+        text_config=text.config.to_dict(), vision_config=image.config.to_dict(), projection_dim=PROJECTION_DIM
+    )
+    clip = transformers.CLIPModel(config)
+    clip.load_state_dict({"logit_scale": clip.logit_scale, **text.state_dict(), **image.state_dict()})
+    return clip
 
 
 def build_vae() -> diffusers.AutoencoderKL:

@@ -410,13 +410,19 @@ def describe(scene: Scene, rng: np.random.Generator, mentions: Mentions | None =
     return Prompt(text, objects, relation, place, background)
 
 
-def draw_prompts(count: int, seed: int, held_out: bool = False) -> list[Prompt]:
-    """`count` prompts of the training grammar. Prompt i depends on (seed, i) alone.
+def draw_cases(count: int, seed: int, held_out: bool = False) -> list[tuple[Scene, Prompt]]:
+    """`count` prompts of the training grammar, each with a scene that it describes. Case i depends on (seed, i) alone.
 
-    held_out: True asks for one held-out pair in each, False for none.
+    held_out: True asks for one held-out pair in each, False for none. No stream is one of `training_scenes`.
     """
-    prompts = []
+    cases = []
     for index in range(count):
-        rng = np.random.default_rng((seed, index, int(held_out)))
-        prompts.append(describe(draw_scene(rng, held_out), rng))
-    return prompts
+        rng = np.random.default_rng((seed, index, 1 + held_out))
+        scene = draw_scene(rng, held_out)
+        cases.append((scene, describe(scene, rng)))
+    return cases
+
+
+def draw_prompts(count: int, seed: int, held_out: bool = False) -> list[Prompt]:
+    """The prompts of `draw_cases`."""
+    return [prompt for _, prompt in draw_cases(count, seed, held_out)]

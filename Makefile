@@ -1,0 +1,79 @@
+# Needs python3.11 with its venv module, and make. All else is installed into .venv, once, in the locked versions.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LAUNCH := $(BIN)/accelerate launch $(LAUNCH_ARGS)
+WORKERS ?= 2
+# For `make lock`: torch stays at this version, and with it torchvision.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
+EXTRAS := train,eval,serve,app,dev
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help install demo teacher distill evaluate test check format lock clean
+
+help: ## list the targets
+	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	echo
+	echo "ARGS='key=value ...' reaches teacher, distill, evaluate, demo and test; LAUNCH_ARGS reaches accelerate;"
+	echo "PYTHON=... names the interpreter that .venv is made with."
+
+install: $(INSTALLED) ## make .venv with everything in requirements.lock
+
+demo: $(INSTALLED) ## distil the embedded teacher for a moment, judge the student, show both
+	$(BIN)/python -m training.demo --out runs/demo $(ARGS)
+
+teacher: $(INSTALLED) ## train the small reference teacher on shapes
+	$(LAUNCH) -m training.teacher --config shapes --out runs/teacher $(ARGS)
+
+distill: $(INSTALLED) ## distil the reference teacher by adversarial diffusion distillation
+	$(LAUNCH) -m training.distill --config shapes_add --out runs/distill $(ARGS)
+
+evaluate: $(INSTALLED) ## judge the student against its teacher
+	$(BIN)/python -m eval.run $(ARGS)
+
+# One thread for each worker: torch's own would fight over the cores. No test may download anything.
+test: $(INSTALLED) ## run the tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(INSTALLED) ## lint, formatting, types, and who imports whom
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check || { echo "some files are not formatted; run make format" >&2; exit 1; }
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED) ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --quiet --fix-only
+	$(BIN)/ruff format --quiet
+
+lock: ## resolve the newest versions of everything but torch and write requirements.lock
+	$(need_python)
+	folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/pip" install -qq --no-input "torch==$(TORCH)" ".[$(EXTRAS)]"; \
+	sed -n '/^#/p' requirements.lock > "$$folder/lock"; \
+	"$$folder/venv/bin/pip" freeze --exclude diffusion-kd \
+	    | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' >> "$$folder/lock"; \
+	cp "$$folder/lock" requirements.lock
+
+clean: ## remove caches and build outputs; .venv and runs/ stay
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml requirements.lock
+	$(need_python)
+	echo "installing the locked packages into $(VENV) (a few minutes, once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq --no-input --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install -qq --no-input --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+define need_python
+$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] < (3, 11))' 2>/dev/null || { \
+    echo "error: '$(PYTHON)' is missing, older than 3.11, or lacks venv; install python3.11 and python3.11-venv, or set PYTHON=" >&2; \
+    exit 1; }
+endef

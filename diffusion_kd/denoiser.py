@@ -1,0 +1,50 @@
+"""`Denoiser`: (x_t, timestep, conditioning) -> x0_hat, for any prediction type, with guidance folded in.
+
+The only place that knows what a U-Net predicts. Losses, objectives and samplers see x0_hat alone.
+"""
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from diffusion_kd.schedule import NoiseSchedule
+from diffusion_kd.types import Conditioning, PredictionType
+
+
+class Denoiser(nn.Module):
+    """An SDXL U-Net read as a clean estimate.
+
+    unet: predicts what `prediction_type` says, at timesteps of `schedule`.
+    """
+
+    def __init__(
+        self, unet: diffusers.UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType
+    ) -> None:
+        super().__init__()
+        self.unet, self.schedule, self.prediction_type = unet, schedule, prediction_type
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """x0_hat (B, C, h, w) float32 of x_t (B, C, h, w) at timesteps (B,), without guidance."""
+        prediction = self.unet(
+            x_t.to(self.unet.dtype),
+            timesteps,
+            cond.prompt_embeds,
+            added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids},
+            return_dict=False,
+        )[0]
+        return self.schedule.x0_from(prediction, x_t, timesteps, self.prediction_type)
+
+    def guided(
+        self, x_t: Tensor, timesteps: Tensor, cond: Conditioning, uncond: Conditioning, guidance_scale: Tensor | float
+    ) -> Tensor:
+        """x0_hat under classifier-free guidance, `uncond + w * (cond - uncond)`; w = 1 is no guidance.
+
+        guidance_scale: one w, or (B,) of them. At a fixed x_t, x0 is affine in what any network predicts, so guiding
+        x0 is guiding the prediction. Both halves share one pass. Source: Ho & Salimans 2022, in Imagen's form.
+        """
+        if isinstance(guidance_scale, float | int) and guidance_scale == 1:
+            return self(x_t, timesteps, cond)  # type: ignore[no-any-return]
+        both = Conditioning.concatenate([uncond, cond])
+        without, with_text = self(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
+        weight = torch.as_tensor(guidance_scale, dtype=without.dtype, device=without.device).reshape(-1, 1, 1, 1)
+        return without + weight * (with_text - without)  # type: ignore[no-any-return]

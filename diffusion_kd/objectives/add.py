@@ -1,0 +1,339 @@
+"""Adversarial diffusion distillation (Sauer et al. 2023), complete, with named options beyond the paper.
+
+A step has two phases on one batch:
+
+    student:        x_s -> student_x0 -> images;  loss = adversarial + distillation_weight * distillation
+    discriminator:  hinge on the real images and on the student's, detached;  + R1 on the real features
+
+The student's pictures are decoded once: the adversarial term, the distillation term in pixel space and, detached, the
+discriminator share them, so that no two decoder graphs are alive together.
+
+Where the paper is silent or we deviate:
+
+- student timesteps are {249, 499, 749, 999} (the paper names only the last);
+- the last timestep's input is pure noise while its x0 formula keeps the finite alpha (`schedule`);
+- at pure noise the image condition is zero: nothing of the real image has reached the student there;
+- the teacher is guided (`teacher_guidance`), which the paper leaves open.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusion_kd import errors, schedule
+from diffusion_kd.denoiser import Denoiser
+from diffusion_kd.losses import adversarial, distillation
+from diffusion_kd.networks import discriminator, features
+from diffusion_kd.objectives.base import Batch, Phase
+from diffusion_kd.types import Conditioning
+
+
+@dataclasses.dataclass
+class ADDConfig:
+    """The method's settings. The defaults are the paper's; what goes beyond it is off.
+
+    student_steps: how many timesteps the student is trained at (N).
+    adversarial_weight: weight of the discriminator's term; 0 leaves it out. (1 in the paper.)
+    distillation_weight: the paper's lambda; 0 leaves the term out.
+    weighting: c(t): exp, sds or nfsd.
+    distance_space: pixel or latent: where student and teacher estimates are compared.
+    teacher_guidance: [w] fixed, or [low, high] drawn uniformly for each example; 1 is no guidance. nfsd has its own.
+    teacher_timesteps: t is drawn uniformly from this closed range.
+    r1_weight: the paper's gamma; 0 leaves R1 out. r1_interval: R1 every so many steps, that many times as strong.
+    text_condition, image_condition: whether the heads are told the pooled text, the real image's embedding.
+
+    Beyond the paper:
+    terminal_probability: share of examples at the last timestep (pure noise); null draws all alike.
+    latent_weight: weight of heads on the frozen teacher's features of noised latents (Sauer et al. 2024, LADD).
+    mismatch_weight: weight of real images with another's caption as further fakes (Kang et al. 2024).
+    finite_difference_weight: R1 and R2 by finite differences (Lin et al. 2025) on the pixel heads' features.
+    """
+
+    student_steps: int = 4
+    adversarial_weight: float = 1.0
+    distillation_weight: float = 2.5
+    weighting: str = "exp"
+    distance_space: str = "pixel"
+    teacher_guidance: list[float] = dataclasses.field(default_factory=lambda: [5.0])
+    teacher_timesteps: list[int] = dataclasses.field(default_factory=lambda: [20, 980])
+    r1_weight: float = 1e-5
+    r1_interval: int = 1
+    text_condition: bool = True
+    image_condition: bool = True
+    terminal_probability: float | None = None
+    latent_weight: float = 0.0
+    mismatch_weight: float = 0.0
+    finite_difference_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        schedule.student_timesteps(self.student_steps)
+        _require(self.weighting in ("exp", "sds", "nfsd"), "weighting", self.weighting, "exp, sds or nfsd")
+        _require(self.distance_space in ("pixel", "latent"), "distance_space", self.distance_space, "pixel or latent")
+        _require(len(self.teacher_guidance) in (1, 2), "teacher_guidance", self.teacher_guidance, "[w] or [low, high]")
+        low, high = self.teacher_timesteps if len(self.teacher_timesteps) == 2 else (1, 0)
+        _require(0 <= low <= high <= 999, "teacher_timesteps", self.teacher_timesteps, "[low, high] within 0 and 999")
+        _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "1 or more")
+        for name in (
+            "adversarial_weight",
+            "distillation_weight",
+            "r1_weight",
+            "latent_weight",
+            "mismatch_weight",
+            "finite_difference_weight",
+        ):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, name, value, "0 (off) or more")
+        share = self.terminal_probability
+        _require(share is None or 0 <= share <= 1, "terminal_probability", share, "null, or a share from 0 to 1")
+        terms = self.adversarial_weight + self.latent_weight + self.distillation_weight
+        _require(terms > 0, "adversarial_weight", self.adversarial_weight, "at least one weight above 0")
+
+
+def _require(condition: bool, key: str, given: object, wanted: str) -> None:
+    if not condition:
+        raise errors.ConfigError(f"{key} is {given!r}; it must be {wanted}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fakes:
+    """What the student made of a batch, detached, for the discriminator's phase. images: None if nothing decodes."""
+
+    x0: Tensor
+    images: Tensor | None
+    at_end: Tensor  # (B,) bool: made from pure noise
+
+
+class ADD:
+    """The objective: a student and a discriminator against a frozen teacher.
+
+    student, teacher: denoisers on the same schedule; the student usually starts as a copy of the teacher.
+    vae: decodes latents, frozen. feature_network: what the pixel discriminator looks through, frozen.
+    Raises ModelError if the student's prediction has no x0 at the last timestep.
+    """
+
+    def __init__(
+        self,
+        config: ADDConfig,
+        *,
+        student: Denoiser,
+        teacher: Denoiser,
+        vae: diffusers.AutoencoderKL,
+        feature_network: features.FeatureNetwork,
+    ) -> None:
+        self.config, self.student, self.teacher, self.vae = config, student, teacher, vae
+        self.feature_network = feature_network
+        self.timesteps = torch.tensor(schedule.student_timesteps(config.student_steps, len(student.schedule)))
+        if student.prediction_type == "epsilon" and student.schedule.zero_terminal_signal:
+            raise errors.ModelError(
+                "an epsilon teacher on betas with zero terminal signal has no x0 at pure noise; "
+                "use its betas without rescaling, or a v_prediction teacher"
+            )
+        text_dim = teacher.unet.config.projection_class_embeddings_input_dim - 6 * teacher.unet.config.addition_time_embed_dim
+        conditions = [text_dim] * config.text_condition + [feature_network.vector_dim] * config.image_condition
+        self.latent_features = discriminator.LatentFeatures(teacher)
+        self.heads = nn.ModuleDict()
+        if config.adversarial_weight:
+            self.heads["pixel"] = discriminator.Heads(feature_network.map_channels, conditions)
+        if config.latent_weight:
+            self.heads["latent"] = discriminator.Heads(
+                self.latent_features.map_channels, [text_dim] * config.text_condition
+            )
+        for frozen in (teacher, vae, feature_network):
+            frozen.requires_grad_(False)
+        self.fakes: _Fakes | None = None
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (StudentPhase(self), DiscriminatorPhase(self)) if len(self.heads) else (StudentPhase(self),)
+
+    # --- pieces that both phases use ---
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], with gradients."""
+        images: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        return images.float()
+
+    def conditions(self, cond: Conditioning, image_vectors: Tensor, at_end: Tensor) -> list[Tensor]:
+        """What the pixel heads are told: pooled text and the real image's embedding, as configured."""
+        told = [cond.pooled.float()] if self.config.text_condition else []
+        if self.config.image_condition:
+            told.append(torch.where(at_end[:, None], 0.0, image_vectors.float()))
+        return told
+
+    def judge_latents(self, x0: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+        """Latent heads' logits of x0, noised to random timesteps."""
+        timesteps = torch.randint(20, 981, (len(x0),), generator=generator).to(x0.device)
+        x_t = self.teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
+        maps = self.latent_features(x_t, timesteps, batch.cond)
+        told = [batch.cond.pooled.float()] if self.config.text_condition else []
+        return self.heads["latent"]([layer.float() for layer in maps], told)
+
+    def draw_student_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) of the student's timesteps; the last with `terminal_probability`, or all alike."""
+        share = self.config.terminal_probability
+        last = len(self.timesteps) - 1
+        index = torch.randint(0, last + 1, (count,), generator=generator)
+        if share is not None and last > 0:
+            others = torch.randint(0, last, (count,), generator=generator)
+            index = torch.where(torch.rand(count, generator=generator) < share, last, others)
+        return self.timesteps[index]
+
+
+class StudentPhase(Phase):
+    """The student's turn. Only its parameters are this module's."""
+
+    name = "student"
+
+    def __init__(self, objective: ADD) -> None:
+        super().__init__()
+        self.student = objective.student
+        self._objective = (objective,)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (objective,) = self._objective
+        config, generator = objective.config, _generator(batch, 0)
+        timesteps = objective.draw_student_timesteps(len(batch.cond), generator).to(batch.latents.device)
+        at_end = timesteps == objective.timesteps[-1].item()
+        noise = _noise_like(batch.latents, generator)
+        x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
+        student_x0 = self.student(x_s, timesteps, batch.cond)
+        in_pixels = bool(config.distillation_weight) and config.distance_space == "pixel"
+        images = objective.decode(student_x0) if config.adversarial_weight or in_pixels else None
+        objective.fakes = _Fakes(student_x0.detach(), None if images is None else images.detach(), at_end)
+        losses = self._adversarial(batch, student_x0, images, at_end, generator)
+        if config.distillation_weight:
+            loss = self._distillation(batch, student_x0, images if in_pixels else None, generator)
+            losses["distillation"] = config.distillation_weight * loss
+        return losses
+
+    def _adversarial(
+        self, batch: Batch, student_x0: Tensor, images: Tensor | None, at_end: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        (objective,) = self._objective
+        config, losses = objective.config, {}
+        objective.heads.requires_grad_(False)
+        try:
+            if config.adversarial_weight:
+                assert images is not None, "pixel heads need decoded images"
+                with torch.no_grad():
+                    real = objective.feature_network(batch.images).vector
+                maps = _float(objective.feature_network(images).maps)
+                logits = objective.heads["pixel"](maps, objective.conditions(batch.cond, real, at_end))
+                losses["adversarial"] = config.adversarial_weight * adversarial.generator_loss(logits)
+            if config.latent_weight:
+                logits = objective.judge_latents(student_x0, batch, generator)
+                losses["adversarial_latent"] = config.latent_weight * adversarial.generator_loss(logits)
+        finally:
+            objective.heads.requires_grad_(True)
+        return losses
+
+    def _distillation(
+        self, batch: Batch, student_x0: Tensor, images: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
+        (objective,) = self._objective
+        target, timesteps = self._target(batch, student_x0.detach(), generator)
+        alpha, sigma = objective.teacher.schedule.at(timesteps)
+        weights = distillation.weight(objective.config.weighting, alpha, sigma)  # type: ignore[arg-type]
+        if images is None:
+            return distillation.distillation_loss(student_x0, target, weights)
+        with torch.no_grad():
+            target = objective.decode(target)
+        return distillation.distillation_loss(images, target, weights)
+
+    @torch.no_grad()
+    def _target(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The teacher's estimate of the student's x0, noised to random timesteps; one teacher step."""
+        (objective,) = self._objective
+        config, teacher = objective.config, objective.teacher
+        low, high = config.teacher_timesteps
+        timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
+        x_t = teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
+        if config.weighting == "nfsd":
+            estimates = [teacher(x_t, timesteps, cond) for cond in (batch.cond, batch.uncond, batch.negative)]
+            return distillation.nfsd_target(x0, *estimates, x_t, timesteps, teacher.schedule), timesteps
+        if config.teacher_guidance == [1.0]:
+            return teacher(x_t, timesteps, batch.cond), timesteps
+        share = torch.rand(len(x0), generator=generator).to(x0.device)
+        weakest, strongest = config.teacher_guidance[0], config.teacher_guidance[-1]
+        guidance = weakest + (strongest - weakest) * share
+        return teacher.guided(x_t, timesteps, batch.cond, batch.uncond, guidance), timesteps
+
+
+class DiscriminatorPhase(Phase):
+    """The discriminator's turn, on what the student has just made. Only the heads' parameters are this module's."""
+
+    name = "discriminator"
+
+    def __init__(self, objective: ADD) -> None:
+        super().__init__()
+        self.heads = objective.heads
+        self._objective = (objective,)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (objective,) = self._objective
+        assert objective.fakes is not None, "the student's phase must run first"
+        fakes, objective.fakes = objective.fakes, None
+        losses: dict[str, Tensor] = {}
+        if objective.config.adversarial_weight:
+            losses |= self._pixel(batch, fakes)
+        if objective.config.latent_weight:
+            generator = _generator(batch, 1)
+            real = objective.judge_latents(batch.latents, batch, generator)
+            fake = objective.judge_latents(fakes.x0, batch, generator)
+            losses["hinge_latent"] = adversarial.hinge_discriminator_loss(real, fake)
+        return losses
+
+    def _pixel(self, batch: Batch, fakes: _Fakes) -> dict[str, Tensor]:
+        (objective,) = self._objective
+        config, heads = objective.config, self.heads["pixel"]
+        assert fakes.images is not None, "pixel heads need decoded images"
+        with torch.no_grad():
+            real, fake = objective.feature_network(batch.images), objective.feature_network(fakes.images)
+        lazily = config.r1_weight > 0 and batch.step % config.r1_interval == 0
+        real_maps = tuple(layer.requires_grad_(lazily) for layer in _float(real.maps))
+        fake_maps = _float(fake.maps)
+        told = objective.conditions(batch.cond, real.vector, fakes.at_end)
+        real_logits, fake_logits = heads(real_maps, told), heads(fake_maps, told)
+        losses = {"hinge": adversarial.hinge_discriminator_loss(real_logits, fake_logits)}
+        if lazily:
+            weight = config.r1_weight * config.r1_interval
+            losses["r1"] = weight * adversarial.r1_penalty(real_logits, real_maps)
+        if config.mismatch_weight and told:
+            # Real images under a neighbour's caption (and embedding): what is real but not what was asked for.
+            mismatched = heads(real_maps, [part.roll(1, 0) for part in told])
+            losses["mismatch"] = config.mismatch_weight * adversarial.hinge_fake_loss(mismatched)
+        if config.finite_difference_weight:
+            generator = _generator(batch, 2)
+            penalty = torch.stack(
+                [
+                    adversarial.finite_difference_penalty(logits, heads(_shaken(maps, generator), told))
+                    for logits, maps in ((real_logits, real_maps), (fake_logits, fake_maps))
+                ]
+            ).sum()
+            losses["finite_difference"] = config.finite_difference_weight * penalty
+        return losses
+
+
+def _float(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(layer.float() for layer in maps)
+
+
+def _shaken(maps: Sequence[Tensor], generator: torch.Generator, share: float = 0.05) -> tuple[Tensor, ...]:
+    """Maps with noise of `share` of each map's own deviation."""
+    return tuple(layer + share * layer.detach().std() * _noise_like(layer, generator) for layer in maps)
+
+
+def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit noise drawn on the CPU, so that a seed means the same on every device."""
+    return torch.randn(tensor.shape, generator=generator).to(tensor.device)
+
+
+def _generator(batch: Batch, stream: int) -> torch.Generator:
+    """A generator for one part of one step: resuming changes nothing, and parts do not disturb each other."""
+    state = np.random.SeedSequence((*batch.seed, batch.step, stream)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

@@ -1,0 +1,56 @@
+"""What the training loop knows of a method: phases, each with the module it trains and a loss of named parts.
+
+Adding an objective touches no loop code.
+"""
+
+import dataclasses
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from diffusion_kd.types import Conditioning
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch of real, captioned images.
+
+    images: (B, 3, H, W) in [-1, 1]. latents: (B, C, h, w), the same images encoded.
+    cond: their captions; uncond: no caption; negative: a negative prompt, for NFSD alone.
+    step: counts batches from 0; lazy regularisation goes by it. seed: decides every random draw of the batch.
+    """
+
+    images: Tensor
+    latents: Tensor
+    cond: Conditioning
+    uncond: Conditioning
+    negative: Conditioning
+    step: int
+    seed: tuple[int, ...]
+
+
+class Phase(nn.Module):
+    """One network's turn within a step.
+
+    Its parameters are those that learn in this phase and no others: a wrapper for data-parallel training may take
+    the module as it is. `forward` returns named losses; the loop minimises their sum.
+    """
+
+    name: str
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Objective(Protocol):
+    """A distillation method.
+
+    phases: run in this order at every step. A later phase may reuse, detached, what an earlier one computed.
+    """
+
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    @property
+    def student(self) -> nn.Module:
+        """The network that is averaged, sampled and exported."""

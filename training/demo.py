@@ -1,0 +1,51 @@
+"""The whole road in one command: distil the embedded teacher for some minutes, judge the result, show both.
+
+`python -m training.demo --out runs/demo` (or `make demo`). Leaves the fresh student, `report.json` and `samples.png`.
+"""
+
+import argparse
+import logging
+import pathlib
+import sys
+
+from diffusion_kd import artifact, errors
+from eval import run as evaluation
+from training import config as configs
+from training import data, distill
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of distillation")
+    parser.add_argument("--prompts", type=int, default=256, help="to judge on; a quarter asks for held-out pairs")
+    given = parser.parse_args(arguments)
+    if not 0 < given.minutes <= 60 * 24:
+        raise errors.ConfigError(f"--minutes must be above 0 and at most a day, not {given.minutes:g}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    config = configs.load(distill.DistillConfig, "shapes_demo", [f"loop.time_limit_s={given.minutes * 60}"])
+    images = data.ShapesImages(config.scenes, config.seed)
+    _log.info("distilling shapes-teacher for %g minutes", given.minutes)
+    student = distill.Distillation(config, "shapes-teacher", images, given.out).run()
+    shipped = ["--shipped-student", "shapes-student"] if artifact.SHIPPED["shapes-student"].is_dir() else []
+    _log.info("judging it, and the shipped student, on %d prompts", given.prompts)
+    report = ["--student", str(student), "--prompts", str(given.prompts), "--out", str(given.out), *shipped]
+    if evaluation.main(report) != 0:
+        raise errors.ModelError(f"the fresh student in {student} could not be judged")
+    sys.stdout.write(
+        f"\nNext:\n"
+        f"  look at                {given.out / 'samples.png'}\n"
+        f"  watch the curves       .venv/bin/tensorboard --logdir {given.out}\n"
+        f"  the full distillation  make distill\n"
+        f"  your own pictures      .venv/bin/python -m training.distill --data FOLDER --out runs/mine\n"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except errors.DiffusionKDError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -1,0 +1,213 @@
+"""Distil a teacher into a 1-4 step student: `accelerate launch -m training.distill --config shapes_add`.
+
+Run the same command again to go on where it stopped. The averaged student is exported to `<out>/student` as a plain
+diffusers folder with `distillation.json`.
+"""
+
+import argparse
+import copy
+import dataclasses
+import logging
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import tensorboard
+
+import diffusion_kd
+from diffusion_kd import artifact, errors, pipeline
+from diffusion_kd.networks import features
+from diffusion_kd.objectives import add
+from diffusion_kd.objectives.base import Batch
+from training import config as configs
+from training import data, loop
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class DistillConfig:
+    """All settings of a distillation. Keys of `add` and `loop` are documented where they are defined.
+
+    scenes: how many shapes scenes are drawn (unused with --data or --prompts).
+    feature_network: what the pixel discriminator looks through: `shapes-encoder` or a CLIP folder or hub id,
+        `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE[:WEIGHTS]`.
+    negative_prompt: for the nfsd weighting alone.
+    discriminator_learning_rate: of the heads; their Adam has beta1 = 0.
+    mixed_precision: no, bf16 or fp16.
+    """
+
+    seed: int = 0
+    scenes: int = 120_000
+    feature_network: str = "shapes-encoder"
+    negative_prompt: str = ""
+    discriminator_learning_rate: float = 1e-3
+    mixed_precision: str = "bf16"
+    add: add.ADDConfig = dataclasses.field(default_factory=add.ADDConfig)
+    loop: loop.LoopConfig = dataclasses.field(
+        default_factory=lambda: loop.LoopConfig(
+            images=16_000, batch_size=16, learning_rate=1e-4, warmup_images=800, ema_decay=0.98, weight_decay=0.0
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise errors.ConfigError(f"mixed_precision is {self.mixed_precision!r}; it must be no, bf16 or fp16")
+
+
+def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
+    """The discriminator's eyes, by the names of `DistillConfig.feature_network`. Raises ModelError."""
+    kind, _, rest = name.partition(":")
+    if kind == "dinov2":
+        return features.DinoFeatures(weights=rest or True, size_px=min(518, size_px // 14 * 14))
+    if kind == "open_clip":
+        architecture, _, weights = rest.partition(":")
+        return features.OpenClipFeatures(architecture, weights or None)
+    return pipeline.load_feature_network(name)
+
+
+class Distillation:
+    """One run: a teacher, its student, the data and a folder."""
+
+    def __init__(self, config: DistillConfig, teacher: str, images: data.CaptionedImages, folder: pathlib.Path) -> None:
+        self.config, self.teacher_name, self.images, self.folder = config, teacher, images, folder
+        self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision)
+        torch.manual_seed(config.seed)
+        self.parts = artifact.load(teacher).to(self.accelerator.device)
+        student = copy.deepcopy(self.parts.denoiser()).requires_grad_(True)
+        self.objective = add.ADD(
+            config.add,
+            student=student,
+            teacher=self.parts.denoiser(),
+            vae=self.parts.vae,
+            feature_network=load_feature_network(config.feature_network, self.parts.size_px).to(self.accelerator.device),
+        )
+
+    def run(self) -> pathlib.Path:
+        """Train and export. Returns the artifact's folder."""
+        rates = {"student": self.config.loop.learning_rate, "discriminator": self.config.discriminator_learning_rate}
+        betas = {"student": (0.9, 0.99), "discriminator": (0.0, 0.99)}
+        learners = [
+            loop.Learner(phase.name, phase, rates[phase.name], betas[phase.name]) for phase in self.objective.phases
+        ]
+        averaged = loop.fit(
+            self.accelerator,
+            learners,
+            self._draw,
+            self.config.loop,
+            self.folder / "training",
+            averaged=self.objective.student.unet,
+            on_report=self._show_samples,
+        )
+        if self.accelerator.is_main_process:
+            self._export(averaged)
+        self.accelerator.wait_for_everyone()
+        return self.folder / "student"
+
+    def _draw(self, step: int, count: int) -> dict[str, Any]:
+        rank = self.accelerator.process_index
+        rng = np.random.default_rng((self.config.seed, step, rank))
+        indices = [int(index) for index in rng.integers(len(self.images), size=count)]
+        images = data.to_tensor(self.images.images_uint8(indices)).to(self.accelerator.device)
+        size = (images.shape[-2], images.shape[-1])
+        cond = self.parts.text.encode(self.images.captions(indices, step), size)
+        negative = self.parts.text.encode([self.config.negative_prompt] * count, size)
+        batch = Batch(
+            images=images,
+            latents=self._encode(images),
+            cond=cond,
+            uncond=pipeline.no_prompt(cond),
+            negative=negative,
+            step=step,
+            seed=(self.config.seed, rank),
+        )
+        return {"batch": batch}
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        vae = self.parts.vae
+        with self.accelerator.autocast():
+            return vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
+
+    def _student_parts(self, unet: nn.Module) -> artifact.Parts:
+        scheduler = artifact.student_scheduler(self.parts.scheduler, self.config.add.student_steps)
+        return dataclasses.replace(self.parts, unet=unet, scheduler=scheduler)
+
+    def _show_samples(self, images_seen: int, unet: nn.Module, writer: tensorboard.SummaryWriter) -> None:
+        """The same eight captions and seeds every time, a row for each step count, to TensorBoard and a picture."""
+        timesteps = pipeline.trained_timesteps(self.config.add.student_steps)
+        student = pipeline.FewStepPipeline(self._student_parts(unet), {int(n): t for n, t in timesteps.items()})
+        captions = self.images.captions(range(0, 8 * max(len(self.images) // 8, 1), max(len(self.images) // 8, 1))[:8], 0)
+        rows = [student(captions, range(len(captions)), steps=steps) for steps in sorted(student.timesteps)]
+        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
+        writer.add_image("samples", (grid + 1) / 2, images_seen)
+
+    def _export(self, unet: nn.Module) -> None:
+        parts = self._student_parts(unet)
+        artifact.export_student(
+            self.folder / "student",
+            parts=parts,
+            distillation=artifact.Distillation(
+                objective="add",
+                student_timesteps=pipeline.trained_timesteps(self.config.add.student_steps),
+                prediction_type=parts.scheduler.config.prediction_type,
+                size_px=parts.size_px,
+                lineage={
+                    "teacher": self.teacher_name,
+                    "data": type(self.images).__name__,
+                    "images_seen": self.config.loop.images,
+                    "seed": self.config.seed,
+                    "config": dataclasses.asdict(self.config),
+                    "code": _code_version(),
+                },
+            ),
+        )
+        _log.info("exported %s", self.folder / "student")
+
+
+def _code_version() -> str:
+    """The package's version and, in a checkout, its commit."""
+    here = pathlib.Path(__file__).parent
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return f"{diffusion_kd.__version__}+{asked.stdout.strip()}" if asked.returncode == 0 else diffusion_kd.__version__
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m training.distill", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="shapes_add", help="a YAML file or a name in training/configs")
+    parser.add_argument("--teacher", default="shapes-teacher", help="an SDXL-layout folder, a hub id or shapes-teacher")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", type=pathlib.Path, help="a folder with images and metadata.jsonl instead of shapes")
+    source.add_argument("--prompts", type=pathlib.Path, help="a text file, a prompt a line: the teacher makes the images")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
+    parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    config = configs.load(DistillConfig, given.config, given.overrides)
+    size_px = artifact.load(given.teacher).size_px
+    if given.data is not None:
+        images: data.CaptionedImages = data.FolderImages(given.data, size_px)
+    elif given.prompts is not None:
+        images = data.teacher_images(given.teacher, given.prompts, given.out / "teacher_images", config.seed)
+    else:
+        images = data.ShapesImages(config.scenes, config.seed)
+    given.out.mkdir(parents=True, exist_ok=True)
+    configs.save(config, given.out / "config.yaml")
+    Distillation(config, given.teacher, images, given.out).run()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except errors.DiffusionKDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
