@@ -3,8 +3,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-LAUNCH := $(BIN)/accelerate launch $(LAUNCH_ARGS)
 WORKERS ?= 2
+# Training takes every GPU, or else one process with all cores (accelerate's own default is one thread).
+PROCESSES ?= $(shell gpus=$$(nvidia-smi -L 2>/dev/null | wc -l) || true; echo $$((gpus > 0 ? gpus : 1)))
+# Not `accelerate launch`: that program imports torchvision first, which a CPU build of torch may not bear.
+LAUNCH = $(BIN)/python -m accelerate.commands.launch --quiet --num_machines 1 --num_processes $(PROCESSES) \
+    $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process $$((($$(nproc) + $(PROCESSES) - 1) / $(PROCESSES))) $(LAUNCH_ARGS)
+# What `make evaluate` judges: your own student once there is one, or else the shipped one.
+STUDENT ?= $(or $(wildcard runs/distill/student),shapes-student)
 # For `make lock`: torch stays at this version, and with it torchvision.
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
 EXTRAS := train,eval,serve,app,dev
@@ -19,8 +26,8 @@ SHELL := /bin/bash
 help: ## list the targets
 	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 	echo
-	echo "ARGS='key=value ...' reaches teacher, distill, evaluate, demo and test; LAUNCH_ARGS reaches accelerate;"
-	echo "PYTHON=... names the interpreter that .venv is made with."
+	echo "Variables: ARGS='...' further arguments of demo, teacher, distill, evaluate, test; STUDENT=... what evaluate judges;"
+	echo "PROCESSES=... and LAUNCH_ARGS='...' for accelerate; PYTHON=... what .venv is made with."
 
 install: $(INSTALLED) ## make .venv with everything in requirements.lock
 
@@ -34,15 +41,15 @@ distill: $(INSTALLED) ## distil the reference teacher by adversarial diffusion d
 	$(LAUNCH) -m training.distill --config shapes_add --out runs/distill $(ARGS)
 
 evaluate: $(INSTALLED) ## judge the student against its teacher
-	$(BIN)/python -m eval.run $(ARGS)
+	$(BIN)/python -m eval.run --student $(STUDENT) --out runs/eval $(ARGS)
 
 # One thread for each worker: torch's own would fight over the cores. No test may download anything.
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(INSTALLED) ## lint, formatting, types, and who imports whom
-	$(BIN)/ruff check --quiet
-	$(BIN)/ruff format --quiet --check || { echo "some files are not formatted; run make format" >&2; exit 1; }
+	$(BIN)/ruff check --quiet --output-format concise
+	$(BIN)/ruff format --quiet --check --output-format concise || { echo "some files are not formatted; run make format" >&2; exit 1; }
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

@@ -7,11 +7,14 @@ estimate through fresh noise at the trained timesteps, so `num_inference_steps=N
 is right. `distillation.json` carries what inference must not get wrong, and where the student came from.
 """
 
+import contextlib
+import copy
 import dataclasses
 import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -109,19 +112,8 @@ def load(name_or_path: str) -> Parts:
         if not (folder / part).is_dir():
             raise errors.ModelError(f"{name_or_path} has no {part}/; an SDXL pipeline folder has {', '.join(_PARTS)}")
     try:
-        parts = Parts(
-            unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-            vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
-            text=PromptEncoder(
-                transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-                transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-                transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-                transformers.CLIPTextModelWithProjection.from_pretrained(
-                    folder / "text_encoder_2", dtype=torch.float32
-                ),
-            ),
-            scheduler=_load_scheduler(folder),
-        )
+        with _without_progress_bars():
+            parts = _load_parts(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise errors.ModelError(f"{name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from None
     types.prediction_type(parts.scheduler.config.prediction_type)
@@ -129,6 +121,32 @@ def load(name_or_path: str) -> Parts:
         _check_finite(f"{name_or_path}, {name}", module)
         module.eval().requires_grad_(False)
     return parts
+
+
+def _load_parts(folder: pathlib.Path) -> Parts:
+    return Parts(
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        text=PromptEncoder(
+            transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+            transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+            transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+            transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
+        ),
+        scheduler=_load_scheduler(folder),
+    )
+
+
+@contextlib.contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file; a tiny model loads in less time than that takes to read."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _load_scheduler(folder: pathlib.Path) -> diffusers.SchedulerMixin:
@@ -196,26 +214,38 @@ def save_pipeline(
     extra: further files, name -> text.
     """
     first, second = parts.text.tokenizers
+    modules = {
+        "vae": parts.vae,
+        "text_encoder": parts.text.text_encoder,
+        "text_encoder_2": parts.text.text_encoder_2,
+        "unet": parts.unet,
+    }
+    # nn.Module's own `to`: diffusers' warns of an empty list of modules that it would rather not convert.
+    halves = {name: nn.Module.to(copy.deepcopy(module), dtype=dtype) for name, module in modules.items()}
     pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text.text_encoder,
-        text_encoder_2=parts.text.text_encoder_2,
-        tokenizer=first,
-        tokenizer_2=second,
-        unet=parts.unet,
-        scheduler=parts.scheduler,
-        add_watermarker=False,
+        **halves, tokenizer=first, tokenizer_2=second, scheduler=parts.scheduler, add_watermarker=False
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         unfinished = pathlib.Path(temporary) / folder.name
-        pipeline.to(dtype=dtype).save_pretrained(unfinished)
-        pipeline.to(dtype=torch.float32)
+        with _without_progress_bars():
+            pipeline.save_pretrained(unfinished)
+        for part in ("text_encoder", "text_encoder_2"):
+            _declare_float32(unfinished / part / "config.json")
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.move(folder, pathlib.Path(temporary) / "previous")
         shutil.move(unfinished, folder)
+
+
+def _declare_float32(path: pathlib.Path) -> None:
+    """Let a text encoder load in float32 unless asked otherwise, as diffusers loads the other parts.
+
+    transformers goes by the stored precision; beside a float32 U-Net, half precision text is an error.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def export_student(folder: pathlib.Path, *, parts: Parts, distillation: Distillation) -> None:

@@ -104,15 +104,16 @@ class Exam:
     ) -> None:
         self.protocol, self.network, self.batch_size = protocol, network, batch_size
         self.distance = embedding.distance_on(embedding.device_of(network), perceptual.from_features(network))
-        self.cases = protocol.cases()
-        self.prompts = [case.prompt.text for case in self.cases]
+        cases = protocol.cases()
+        self.wanted = [prompt for _, prompt in cases]
+        self.prompts = [prompt.text for prompt in self.wanted]
         self.seeds = protocol.image_seeds()
         self.text_vectors = embedding.text_vectors(network, self.prompts, batch_size)
-        self.true_images_uint8 = protocols.renders(self.cases)
+        self.true_images_uint8 = protocols.renders(cases)
         self.true_vectors = self._vectors(self.true_images_uint8)
 
     def reference(self) -> Reference:
-        verdicts = prompt_accuracy.judge(self.true_images_uint8, [case.prompt for case in self.cases])
+        verdicts = prompt_accuracy.judge(self.true_images_uint8, self.wanted)
         others = self._vectors(protocols.renders(self.protocol.independent_cases()))
         return Reference(
             prompt_accuracy.prompt_accuracy(verdicts).share,
@@ -140,7 +141,7 @@ class Exam:
 
     def mark(self, work: Work, teacher: Work) -> Row:
         """Measure one entrant's work against the truth and against the teacher's work."""
-        verdicts = prompt_accuracy.judge(work.images_uint8, [case.prompt for case in self.cases])
+        verdicts = prompt_accuracy.judge(work.images_uint8, self.wanted)
         accuracy = prompt_accuracy.prompt_accuracy(verdicts)
         seen = len(verdicts) - self.protocol.held_out
         is_teacher = work is teacher

@@ -37,7 +37,7 @@ def build(
 
 
 def _protocol(exam: compare.Exam, models: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that must be equal for two reports' numbers to be compared."""
+    """Who was asked what, and what the numbers were measured with."""
     return {
         "id": "shapes",
         **dataclasses.asdict(exam.protocol),

@@ -33,10 +33,13 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
         )
         return cast(Config, omegaconf.OmegaConf.to_object(merged))
     except omegaconf.errors.ConfigKeyError as error:
-        known = ", ".join(field.name for field in dataclasses.fields(schema))  # type: ignore[arg-type]
+        owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
+        known = ", ".join(field.name for field in dataclasses.fields(owner))
         raise errors.ConfigError(f"unknown config key {error.full_key!r}; known keys are {known}") from None
-    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError) as error:
-        raise errors.ConfigError(f"bad config: {str(error).splitlines()[0]}") from None
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise errors.ConfigError(f"config key {error.full_key!r}: {str(error).splitlines()[0]}") from None
+    except yaml.YAMLError as error:
+        raise errors.ConfigError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def save(config: object, path: pathlib.Path) -> None:

@@ -32,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class DistillConfig:
-    """All settings of a distillation. Keys of `add` and `loop` are documented where they are defined.
+    """All settings of a distillation. Keys of `objective` are those of `add.ADDConfig`, of `training` those of `loop.LoopConfig`.
 
     scenes: how many shapes scenes are drawn (unused with --data or --prompts).
     feature_network: what the pixel discriminator looks through: `shapes-encoder` or a CLIP folder or hub id,
         `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE[:WEIGHTS]`.
     negative_prompt: for the nfsd weighting alone.
     discriminator_learning_rate: of the heads; their Adam has beta1 = 0.
-    mixed_precision: no, bf16 or fp16.
+    precision: of the networks' arithmetic: fp32, bf16 or fp16. Weights, x0 and losses stay float32.
     """
 
     seed: int = 0
@@ -47,17 +47,17 @@ class DistillConfig:
     feature_network: str = "shapes-encoder"
     negative_prompt: str = ""
     discriminator_learning_rate: float = 1e-3
-    mixed_precision: str = "bf16"
-    add: add.ADDConfig = dataclasses.field(default_factory=add.ADDConfig)
-    loop: loop.LoopConfig = dataclasses.field(
+    precision: str = "bf16"
+    objective: add.ADDConfig = dataclasses.field(default_factory=add.ADDConfig)
+    training: loop.LoopConfig = dataclasses.field(
         default_factory=lambda: loop.LoopConfig(
             images=16_000, batch_size=16, learning_rate=1e-4, warmup_images=800, ema_decay=0.98, weight_decay=0.0
         )
     )
 
     def __post_init__(self) -> None:
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise errors.ConfigError(f"mixed_precision is {self.mixed_precision!r}; it must be no, bf16 or fp16")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise errors.ConfigError(f"precision is {self.precision!r}; it must be fp32, bf16 or fp16")
 
 
 def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
@@ -76,12 +76,14 @@ class Distillation:
 
     def __init__(self, config: DistillConfig, teacher: str, images: data.CaptionedImages, folder: pathlib.Path) -> None:
         self.config, self.teacher_name, self.images, self.folder = config, teacher, images, folder
-        self.accelerator = accelerate.Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision="no" if config.precision == "fp32" else config.precision
+        )
         torch.manual_seed(config.seed)
         self.parts = artifact.load(teacher).to(self.accelerator.device)
         student = copy.deepcopy(self.parts.denoiser()).requires_grad_(True)
         self.objective = add.ADD(
-            config.add,
+            config.objective,
             student=student,
             teacher=self.parts.denoiser(),
             vae=self.parts.vae,
@@ -90,7 +92,7 @@ class Distillation:
 
     def run(self) -> pathlib.Path:
         """Train and export. Returns the artifact's folder."""
-        rates = {"student": self.config.loop.learning_rate, "discriminator": self.config.discriminator_learning_rate}
+        rates = {"student": self.config.training.learning_rate, "discriminator": self.config.discriminator_learning_rate}
         betas = {"student": (0.9, 0.99), "discriminator": (0.0, 0.99)}
         learners = [
             loop.Learner(phase.name, phase, rates[phase.name], betas[phase.name]) for phase in self.objective.phases
@@ -99,7 +101,7 @@ class Distillation:
             self.accelerator,
             learners,
             self._draw,
-            self.config.loop,
+            self.config.training,
             self.folder / "training",
             averaged=self.objective.student.unet,
             on_report=self._show_samples,
@@ -135,14 +137,15 @@ class Distillation:
             return vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
 
     def _student_parts(self, unet: nn.Module) -> artifact.Parts:
-        scheduler = artifact.student_scheduler(self.parts.scheduler, self.config.add.student_steps)
+        scheduler = artifact.student_scheduler(self.parts.scheduler, self.config.objective.student_steps)
         return dataclasses.replace(self.parts, unet=unet, scheduler=scheduler)
 
     def _show_samples(self, images_seen: int, unet: nn.Module, writer: tensorboard.SummaryWriter) -> None:
         """The same eight captions and seeds every time, a row for each step count, to TensorBoard and a picture."""
-        timesteps = pipeline.trained_timesteps(self.config.add.student_steps)
+        timesteps = pipeline.trained_timesteps(self.config.objective.student_steps)
         student = pipeline.FewStepPipeline(self._student_parts(unet), {int(n): t for n, t in timesteps.items()})
-        captions = self.images.captions(range(0, 8 * max(len(self.images) // 8, 1), max(len(self.images) // 8, 1))[:8], 0)
+        count = min(8, len(self.images))
+        captions = self.images.captions([index * len(self.images) // count for index in range(count)], 0)
         rows = [student(captions, range(len(captions)), steps=steps) for steps in sorted(student.timesteps)]
         grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
         writer.add_image("samples", (grid + 1) / 2, images_seen)
@@ -154,13 +157,13 @@ class Distillation:
             parts=parts,
             distillation=artifact.Distillation(
                 objective="add",
-                student_timesteps=pipeline.trained_timesteps(self.config.add.student_steps),
+                student_timesteps=pipeline.trained_timesteps(self.config.objective.student_steps),
                 prediction_type=parts.scheduler.config.prediction_type,
                 size_px=parts.size_px,
                 lineage={
                     "teacher": self.teacher_name,
                     "data": type(self.images).__name__,
-                    "images_seen": self.config.loop.images,
+                    "images_seen": self.config.training.images,
                     "seed": self.config.seed,
                     "config": dataclasses.asdict(self.config),
                     "code": _code_version(),

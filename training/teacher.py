@@ -1,11 +1,12 @@
 """Train the reference teacher from nothing: `python -m training.teacher --config shapes`.
 
-Three stages, each resumable by running the same command again:
+Four stages, each resumable by running the same command again:
 
 1. contrastive: both text encoders and the image encoder (the embedded feature network) learn to match captions
    and images;
 2. vae: the autoencoder; its latents are then normalised per channel;
-3. unet: the denoiser, together with the text encoders, on cached latents.
+3. decoder: the decoder alone, on latents with a little noise;
+4. unet: the denoiser, together with the text encoders, on cached latents.
 
 On several processes: `accelerate launch --cpu --num_processes 2 -m training.teacher --config shapes`.
 """
@@ -35,6 +36,11 @@ from training import data, loop
 
 _log = logging.getLogger(__name__)
 
+_DECODER_NOISE = 0.25
+"""Most noise, in deviations of the latents, that the decoder learns to overlook."""
+
+STAGES = ("contrastive", "vae", "decoder", "unet")
+
 
 @dataclasses.dataclass
 class TeacherConfig:
@@ -53,12 +59,15 @@ class TeacherConfig:
     caption_dropout: float = 0.1
     cell_weight: float = 0.1
     kl_weight: float = 1e-4
-    stages: list[str] = dataclasses.field(default_factory=lambda: ["contrastive", "vae", "unet"])
+    stages: list[str] = dataclasses.field(default_factory=lambda: list(STAGES))
     contrastive: loop.LoopConfig = dataclasses.field(
         default_factory=lambda: loop.LoopConfig(images=400_000, batch_size=128, learning_rate=1e-3)
     )
     vae: loop.LoopConfig = dataclasses.field(
         default_factory=lambda: loop.LoopConfig(images=60_000, batch_size=16, learning_rate=2e-3, warmup_images=1_000)
+    )
+    decoder: loop.LoopConfig = dataclasses.field(
+        default_factory=lambda: loop.LoopConfig(images=60_000, batch_size=16, learning_rate=1e-3, warmup_images=1_000)
     )
     unet: loop.LoopConfig = dataclasses.field(
         default_factory=lambda: loop.LoopConfig(
@@ -135,6 +144,20 @@ class Autoencoding(nn.Module):
         return losses
 
 
+class Decoding(nn.Module):
+    """The decoder alone, on latents shaken by up to `_DECODER_NOISE`: a denoiser's latents are never quite clean."""
+
+    def __init__(self, vae: diffusers.AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        for fixed in (vae.encoder, vae.quant_conv):
+            fixed.requires_grad_(False)
+
+    def forward(self, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
+        restored = self.vae.decode(latents).sample.float()
+        return {"l1": functional.l1_loss(restored, images), "squared": functional.mse_loss(restored, images)}
+
+
 class Denoising(nn.Module):
     """SDXL's objective on cached latents, the text encoders learning along."""
 
@@ -200,7 +223,7 @@ class Build:
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
         self.config, self.folder, self.images = config, folder, images
         torch.manual_seed(config.seed)
-        tokenizer = model.build_tokenizer(images.captions(range(min(len(images), 20_000)), config.seed))
+        tokenizer = self._tokenizer()
         self.text = conditioning.PromptEncoder(
             tokenizer, tokenizer, model.build_text_encoder(tokenizer), model.build_text_encoder_2(tokenizer)
         )
@@ -210,6 +233,17 @@ class Build:
         if self.accelerator.device.type == "cpu":
             # A third faster here: the backward of torch's fused attention is slow on CPUs.
             self.unet.set_attn_processor(attention_processor.AttnProcessor())
+
+    def _tokenizer(self) -> transformers.CLIPTokenizer:
+        """Learnt from the captions once; a run that goes on reads what it learnt."""
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():
+            count = min(len(self.images), 20_000)
+            tokenizer = model.build_tokenizer(self.images.captions(range(count), self.config.seed))
+            if self.accelerator.is_main_process:
+                model.save_tokenizer(tokenizer, folder)
+        self.accelerator.wait_for_everyone()
+        return transformers.CLIPTokenizer.from_pretrained(folder)
 
     def _rng(self, stage: int, step: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, stage, step, self.accelerator.process_index))
@@ -329,6 +363,21 @@ class Build:
         for path in paths:
             path.unlink()
 
+    def train_decoder(self) -> None:
+        latents, _ = self.cache_latents()
+
+        def draw(step: int, count: int) -> dict[str, Any]:
+            rng = self._rng(4, step)
+            indices = self._pick(rng, count)
+            chosen = latents[indices].float()
+            strength = torch.from_numpy(rng.random((count, 1, 1, 1), np.float32)) * _DECODER_NOISE
+            shaken = chosen + strength * torch.from_numpy(rng.standard_normal(chosen.shape, np.float32))
+            return self._to_device(
+                {"latents": shaken, "images": data.to_tensor(self.images.images_uint8(indices))}
+            )
+
+        self._fit("decoder", Decoding(self.vae), draw)
+
     def train_unet(self) -> None:
         latents, labels = self.cache_latents()
         schedule = NoiseSchedule.from_scheduler(model.build_noise_scheduler(self.config.prediction_type))
@@ -359,7 +408,7 @@ class Build:
 
     def train(self) -> None:
         """Run all stages, each going on from its checkpoint, then export."""
-        for stage in ("contrastive", "vae", "unet"):
+        for stage in STAGES:
             if stage in self.config.stages:
                 getattr(self, f"train_{stage}")()
         if self.accelerator.is_main_process and "unet" in self.config.stages:

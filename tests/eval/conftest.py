@@ -71,7 +71,7 @@ def protocol() -> protocols.ShapesProtocol:
 @pytest.fixture
 def painter(protocol: protocols.ShapesProtocol) -> ToyModel:
     """Draws what is asked for; the seed shifts the picture by a pixel or two."""
-    scene_of = {case.prompt.text: case.scene for case in protocol.cases()}
+    scene_of = {prompt.text: scene for scene, prompt in protocol.cases()}
     return ToyModel(lambda prompt, seed: np.roll(scenes.render(scene_of[prompt]), seed % 3 - 1, axis=1))
 
 

@@ -39,6 +39,20 @@ def test_a_painter_beats_noise(exam: compare.Exam, painter: sampling.Sampler, no
     assert min(best.seconds_per_image, worst.seconds_per_image) > 0
 
 
+def test_the_truth_and_the_teacher_are_different_measures(
+    exam: compare.Exam, painter: sampling.Sampler, noise_maker: sampling.Sampler
+) -> None:
+    def truth(prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float) -> Tensor:
+        return painter(prompts, [1] * len(seeds), steps=steps, guidance_scale=guidance_scale)  # 1: not shifted
+
+    teacher, student = _entrants(noise_maker, truth)
+    _, (row, _) = compare.compare(exam, teacher, [student])
+    assert row.frechet_distance == pytest.approx(0, abs=1e-9)
+    assert row.frechet_distance_to_teacher is not None
+    assert row.frechet_distance_to_teacher > 1
+    assert row.clip_score == pytest.approx(exam.reference().clip_score)
+
+
 def test_a_student_that_copies_its_teacher_is_at_no_distance(exam: compare.Exam, painter: sampling.Sampler) -> None:
     teacher, student = _entrants(painter, painter)
     _, (copy, _) = compare.compare(exam, teacher, [student])
@@ -60,7 +74,7 @@ def test_a_student_that_ignores_the_seed_has_no_diversity(exam: compare.Exam, pa
 
 
 def test_seen_and_held_out_prompts_are_counted_apart(exam: compare.Exam, painter: sampling.Sampler) -> None:
-    held_out = {case.prompt.text for case in exam.cases if case.prompt.held_out}
+    held_out = {prompt.text for prompt in exam.wanted if prompt.held_out}
 
     def learnt_by_heart(prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float) -> Tensor:
         images = painter(prompts, seeds, steps=steps, guidance_scale=guidance_scale)

@@ -82,6 +82,14 @@ def test_names_a_lone_object_and_finds_its_middle(shape: str, size: str) -> None
     assert (seen.x, seen.y) == pytest.approx((32.3, 31.6), abs=0.3)
 
 
+@pytest.mark.parametrize("shape", ["star", "ring"])
+def test_names_thin_shapes_through_a_blur_of_a_pixel(shape: str) -> None:
+    picture = picture_of(lone(shape, "green", "small"), background="black")
+    blurred = to_uint8(scipy.ndimage.gaussian_filter(picture.astype(float), (1, 1, 0)))
+
+    assert [seen.shape for seen in oracle.read(blurred).objects] == [shape]
+
+
 @pytest.mark.parametrize("background", scenes.BACKGROUNDS)
 @pytest.mark.parametrize("colour", scenes.COLOURS)
 def test_names_every_colour_on_every_background(colour: str, background: str) -> None:
@@ -100,6 +108,12 @@ def test_counts_three_objects() -> None:
     reading = oracle.read(picture_of(*things))
 
     assert [(round(seen.x), round(seen.y)) for seen in reading.objects] == [(14, 14), (48, 15), (30, 46)]
+
+
+def test_an_object_at_the_border_does_not_spoil_the_background() -> None:
+    reading = oracle.read(picture_of(lone("square", "blue", x=10.6), background="sand gradient"))
+
+    assert (reading.background, [seen.shape for seen in reading.objects]) == ("sand gradient", ["square"])
 
 
 def test_ignores_a_few_specks_but_not_many() -> None:
@@ -238,6 +252,44 @@ def test_abstains_on_a_colour_or_background_outside_the_palette() -> None:
     assert (second.objects[0].shape, second.objects[0].colour, second.background) == ("square", "cyan", None)
 
 
+def test_abstains_on_the_colour_of_an_object_in_two_colours() -> None:
+    picture = picture_of(lone("circle", "red"))
+    picture[:, 32:] = picture_of(lone("circle", "blue"))[:, 32:]
+
+    assert [seen.colour for seen in oracle.read(picture).objects] == [None]
+
+
+@pytest.mark.parametrize(("depth", "readable"), [(5, True), (18, False)])
+def test_a_background_with_strong_stripes_is_not_readable(depth: int, readable: bool) -> None:
+    picture = picture_of(lone(), background="gray")
+    picture[:, ::2] += np.uint8(depth)
+    picture[:, 1::2] -= np.uint8(depth)
+
+    assert oracle.read(picture).readable == readable
+
+
+@pytest.mark.parametrize(("height", "readable"), [(20, True), (30, False)])
+def test_a_picture_that_is_mostly_covered_is_not_readable(height: int, readable: bool) -> None:
+    picture = picture_of()
+    picture[10 : 10 + height] = scenes.COLOURS["red"]
+
+    assert oracle.read(picture).readable == readable
+
+
+@pytest.mark.parametrize(("count", "readable"), [(4, True), (5, False)])
+def test_a_crowd_is_not_readable(count: int, readable: bool) -> None:
+    spots = [(12, 12), (52, 12), (12, 52), (52, 52), (32, 32)][:count]
+
+    assert oracle.read(picture_of(*(lone(size="small", x=x, y=y) for x, y in spots))).readable == readable
+
+
+def test_abstains_on_the_size_of_what_is_no_shape() -> None:
+    picture = picture_of()
+    picture[20:26, 20:50] = scenes.COLOURS["red"]
+
+    assert [(seen.shape, seen.colour, seen.size) for seen in oracle.read(picture).objects] == [(None, "red", None)]
+
+
 @pytest.mark.parametrize(("radius", "size"), [(5.5, None), (7.0, "small"), (9.5, None), (12.5, "large"), (15.0, None)])
 def test_size_follows_the_radius_and_is_left_open_between(radius: float, size: str | None) -> None:
     assert [seen.size for seen in oracle.read(picture_of(lone(radius=radius))).objects] == [size]
@@ -246,7 +298,7 @@ def test_size_follows_the_radius_and_is_left_open_between(radius: float, size: s
 # --- relations and places ---------------------------------------------------------------------------
 
 
-def seen(
+def seen_at(
     x: float, y: float, shape: str | None = "star", colour: str | None = "red", size: str | None = "small"
 ) -> oracle.SeenObject:
     return oracle.SeenObject(shape, colour, size, x, y)
@@ -268,12 +320,12 @@ def reading_of(*objects: oracle.SeenObject) -> oracle.Reading:
     ],
 )
 def test_relation_is_along_the_longer_axis(second: tuple[float, float], expected: str | None) -> None:
-    assert oracle.relation(reading_of(seen(30, 30), seen(*second))) == expected
+    assert oracle.relation(reading_of(seen_at(30, 30), seen_at(*second))) == expected
 
 
 def test_relation_needs_two_objects() -> None:
-    assert oracle.relation(reading_of(seen(30, 30))) is None
-    assert oracle.relation(reading_of(seen(10, 30), seen(30, 30), seen(50, 30))) is None
+    assert oracle.relation(reading_of(seen_at(30, 30))) is None
+    assert oracle.relation(reading_of(seen_at(10, 30), seen_at(30, 30), seen_at(50, 30))) is None
 
 
 @pytest.mark.parametrize(
@@ -288,11 +340,11 @@ def test_relation_needs_two_objects() -> None:
     ],
 )
 def test_place_is_the_nearest_within_reach(middle: tuple[float, float], expected: str | None) -> None:
-    assert oracle.place(reading_of(seen(*middle))) == expected
+    assert oracle.place(reading_of(seen_at(*middle))) == expected
 
 
 def test_place_needs_a_lone_object() -> None:
-    assert oracle.place(reading_of(seen(32, 32), seen(32, 32))) is None
+    assert oracle.place(reading_of(seen_at(32, 32), seen_at(32, 32))) is None
 
 
 # --- judging ----------------------------------------------------------------------------------------
@@ -306,8 +358,8 @@ def prompt_for(
 
 RED_STAR = scenes.Wanted("star", "red", "small")
 BLUE_RING = scenes.Wanted("ring", "blue", "large")
-STAR_SEEN = seen(15, 30)
-RING_SEEN = seen(45, 30, "ring", "blue", "large")
+STAR_SEEN = seen_at(15, 30)
+RING_SEEN = seen_at(45, 30, "ring", "blue", "large")
 BOTH = prompt_for(RED_STAR, BLUE_RING, relation="left of", background="white")
 
 
@@ -334,7 +386,7 @@ def test_swapped_colours_are_a_wrong_colour_alone() -> None:
 
 
 def test_relation_decides_between_twins() -> None:
-    twins = reading_of(seen(45, 30), seen(15, 30))
+    twins = reading_of(seen_at(45, 30), seen_at(15, 30))
 
     assert oracle.judge(twins, prompt_for(RED_STAR, RED_STAR, relation="left of")).facts["relation"]
 
@@ -351,7 +403,7 @@ def test_a_fact_wrong_for_one_object_or_left_open_is_wrong(fact: str, which: int
         assert [name for name, right in facts.items() if not right] == [fact]
 
 
-@pytest.mark.parametrize("objects", [(), (STAR_SEEN,), (STAR_SEEN, RING_SEEN, seen(30, 55))])
+@pytest.mark.parametrize("objects", [(), (STAR_SEEN,), (STAR_SEEN, RING_SEEN, seen_at(30, 55))])
 def test_a_wrong_count_makes_every_object_fact_wrong(objects: tuple[oracle.SeenObject, ...]) -> None:
     facts = oracle.judge(reading_of(*objects), BOTH).facts
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_kd.shapes import oracle
+from diffusion_kd.shapes import oracle, scenes
 from eval import protocols
 from eval.metrics import prompt_accuracy
 
@@ -26,8 +26,8 @@ def test_each_attribute_is_a_share_of_the_prompts_that_ask_for_it() -> None:
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_true_renders_are_all_right_and_pictures_of_other_prompts_are_not(held_out: bool) -> None:
-    cases = protocols.draw_cases(40, 3, held_out)
-    prompts, pictures = [case.prompt for case in cases], protocols.renders(cases)
+    cases = scenes.draw_cases(40, 3, held_out)
+    prompts, pictures = [prompt for _, prompt in cases], protocols.renders(cases)
     right = prompt_accuracy.prompt_accuracy(prompt_accuracy.judge(pictures, prompts))
     assert right.share == 1
     assert set(right.by_attribute.values()) == {1}

@@ -1,0 +1,104 @@
+"""Models on disk: what is missing, broken or unknown is said in one sentence, and nothing is left half-written."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from diffusion_kd import artifact, errors
+from tests import toys
+from tests.test_pipeline import export
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    artifact.save_pipeline(tmp_path / "teacher", parts=toys.tiny_parts())
+    return tmp_path / "teacher"
+
+
+def test_a_saved_pipeline_comes_back_in_half_precision(folder: pathlib.Path) -> None:
+    original, loaded = toys.tiny_parts(), artifact.load(str(folder))
+    assert loaded.unet.dtype == loaded.vae.dtype == torch.float32
+    for name, weight in original.unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], weight.half().float())
+    assert loaded.size_px == toys.IMAGE_SIZE_PX
+    assert not any(weight.requires_grad for weight in loaded.unet.parameters())
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"])
+def test_a_missing_part_is_named(folder: pathlib.Path, part: str) -> None:
+    shutil.rmtree(folder / part)
+    with pytest.raises(errors.ModelError, match=f"no {part}/"):
+        artifact.load(str(folder))
+
+
+def test_an_unknown_prediction_type_is_named(folder: pathlib.Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "flow"}))
+    with pytest.raises(errors.ModelError, match="'flow'"):
+        artifact.load(str(folder))
+
+
+def test_weights_that_are_not_finite_are_named(folder: pathlib.Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights["conv_in.weight"][0, 0, 0, 0] = float("nan")
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(errors.ModelError, match=r"unet: conv_in\.weight holds NaN"):
+        artifact.load(str(folder))
+
+
+def test_a_cut_off_file_is_an_error_of_ours(folder: pathlib.Path) -> None:
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(errors.ModelError, match="cannot be loaded"):
+        artifact.load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c"])
+def test_an_unknown_name_says_what_would_do(name: str) -> None:
+    with pytest.raises(errors.ModelError, match="shapes-teacher"):
+        artifact.resolve(name)
+
+
+def test_a_teacher_is_not_a_student(folder: pathlib.Path) -> None:
+    with pytest.raises(errors.ArtifactError, match=r"no distillation\.json"):
+        artifact.read_distillation(str(folder))
+
+
+def test_distillation_comes_back(tmp_path: pathlib.Path) -> None:
+    distillation = artifact.read_distillation(str(export(tmp_path / "student", "v_prediction")))
+    assert distillation.student_timesteps["4"] == [999, 749, 499, 249]
+    assert distillation.guidance_scale == 0 and distillation.lineage == {"teacher": "toy"}
+
+
+def test_a_newer_schema_is_refused(tmp_path: pathlib.Path) -> None:
+    path = export(tmp_path / "student", "v_prediction") / artifact.DISTILLATION_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(errors.ArtifactError, match="version 99"):
+        artifact.read_distillation(str(tmp_path / "student"))
+
+
+def test_a_student_that_is_not_finite_is_not_written(tmp_path: pathlib.Path) -> None:
+    parts = toys.tiny_parts()
+    next(iter(parts.unet.parameters())).fill_(float("inf"))
+    distillation = artifact.Distillation("add", {"1": [999]}, "v_prediction", 16, {})
+    with pytest.raises(errors.ArtifactError, match="NaN or infinite"):
+        artifact.export_student(tmp_path / "student", parts=parts, distillation=distillation)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_folder(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(artifact.diffusers.StableDiffusionXLPipeline, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        artifact.save_pipeline(folder, parts=toys.tiny_parts())
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert [path.name for path in folder.parent.iterdir()] == ["teacher"]

@@ -1,0 +1,99 @@
+"""Captioned images: the same asked twice is the same, and a bad folder is named before anything is trained."""
+
+import json
+import pathlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from diffusion_kd import errors
+from diffusion_kd.shapes import scenes
+from training import data
+
+
+def folder_with(path: pathlib.Path, entries: list[dict[str, object]], size: tuple[int, int] = (40, 30)) -> pathlib.Path:
+    path.mkdir(exist_ok=True)
+    for entry in entries:
+        if isinstance(entry.get("file_name"), str):
+            PIL.Image.new("RGB", size, (200, 10, 10)).save(path / str(entry["file_name"]))
+    (path / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_shapes_are_the_same_at_every_asking() -> None:
+    images = data.ShapesImages(40, seed=3)
+    again = data.ShapesImages(80, seed=3)
+    assert np.array_equal(images.images_uint8([5, 30]), again.images_uint8([5, 30]))
+    assert images.captions(range(40), 7) == images.captions(range(40), 7)
+    assert images.captions(range(40), 7) != images.captions(range(40), 8)
+
+
+def test_training_scenes_hold_nothing_held_out() -> None:
+    assert not any(scene.held_out for scene in scenes.training_scenes(2000, 0))
+
+
+def test_neighbours_in_a_group_differ_by_one_fact() -> None:
+    for group in range(50):
+        first, *siblings = list(scenes.training_scenes(200, 1))[group * 4 : group * 4 + 4]
+        for sibling in siblings:
+            looks = [[(o.shape, o.colour, o.size) for o in scene.objects] for scene in (first, sibling)]
+            facts = sum(a != b for one, other in zip(*looks, strict=True) for a, b in zip(one, other, strict=True))
+            changed = (looks[0] != looks[1]) + (first.layout != sibling.layout) + (first.background != sibling.background)
+            assert changed == 1
+            assert facts <= 1 or looks[0] == looks[1][::-1]
+
+
+def test_a_folder_is_cut_to_size(tmp_path: pathlib.Path) -> None:
+    images = data.FolderImages(folder_with(tmp_path / "f", [{"file_name": "a.png", "text": " red "}]), 16)
+    assert images.images_uint8([0]).shape == (1, 16, 16, 3)
+    assert np.all(images.images_uint8([0])[0, :, :, 0] == 200)
+    assert images.captions([0], 0) == ["red"]
+
+
+def test_to_tensor_has_the_promised_range() -> None:
+    tensor = data.to_tensor(np.array([[[[0, 255, 128]]]], np.uint8))
+    assert tensor.shape == (1, 3, 1, 1)
+    assert tensor.flatten().tolist() == pytest.approx([-1, 1, 0.00392], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "a.png"}', "line 1"),
+        ('{"file_name": "a.png", "text": "  "}', "caption of a.png is empty"),
+        ('{"file_name": "b.png", "text": "x"}', "there is no file"),
+        ("not json", "line 1"),
+        ('["a.png"]', "line 1"),
+        ("", "names no images"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path: pathlib.Path, line: str, message: str) -> None:
+    folder = folder_with(tmp_path / "f", [{"file_name": "a.png", "text": "x"}])
+    (folder / "metadata.jsonl").write_text(line + "\n")
+    with pytest.raises(errors.DataError, match=message):
+        data.FolderImages(folder, 16)
+
+
+def test_missing_folders_metadata_and_unreadable_images_are_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.DataError, match="no folder"):
+        data.FolderImages(tmp_path / "nowhere", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(errors.DataError, match=r"no metadata\.jsonl"):
+        data.FolderImages(tmp_path / "empty", 16)
+    folder = folder_with(tmp_path / "f", [{"file_name": "a.png", "text": "x"}])
+    (folder / "a.png").write_bytes(b"not a picture")
+    with pytest.raises(errors.DataError, match=r"a\.png cannot be read"):
+        data.FolderImages(folder, 16)
+    (folder / "a.png").write_bytes(b"")
+    with pytest.raises(errors.DataError, match=r"a\.png cannot be read"):
+        data.FolderImages(folder, 16)
+
+
+def test_prompt_files_without_prompts_are_named(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.DataError, match="no file"):
+        data.teacher_images("shapes-teacher", tmp_path / "nowhere.txt", tmp_path / "out", 0)
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    with pytest.raises(errors.DataError, match="holds no prompts"):
+        data.teacher_images("shapes-teacher", tmp_path / "empty.txt", tmp_path / "out", 0)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,128 @@
+"""Distillation from the command line: a tiny teacher goes in, a student that plain code can load comes out."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+
+from diffusion_kd import artifact, pipeline
+from diffusion_kd.shapes import model
+from tests import toys
+from training import distill
+
+SHORT = ["training.images=8", "training.batch_size=2", "training.warmup_images=0", "precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a tiny teacher and a tiny CLIP as its feature network."""
+    folder = tmp_path_factory.mktemp("models")
+    parts = toys.tiny_parts()
+    artifact.save_pipeline(folder / "teacher", parts=parts)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=toys.PROJECTION,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=toys.IMAGE_SIZE_PX,
+        patch_size=4,
+    )
+    text = transformers.CLIPTextModelWithProjection(parts.text.text_encoder_2.config)
+    joined = transformers.CLIPConfig(
+        text_config=text.config.to_dict(), vision_config=config.to_dict(), projection_dim=toys.PROJECTION
+    )
+    transformers.CLIPModel(joined).save_pretrained(folder / "encoder")
+    model.save_tokenizer(parts.text.tokenizers[0], folder / "encoder")
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: pathlib.Path) -> pathlib.Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for index in range(5):
+        PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{index}.jpg")
+        lines.append(json.dumps({"file_name": f"{index}.jpg", "text": f"picture {index}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(models: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    encoder = f"feature_network={models / 'encoder'}"
+    return ["--teacher", str(models / "teacher"), "--out", str(out), *more, *SHORT, encoder]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_folder_of_pictures_makes_a_student(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "run"
+    distill.main(arguments(models, out, "--data", str(pictures)))
+    student = pipeline.load_student(str(out / "student"))
+    assert sorted(student.timesteps) == [1, 2, 3, 4]
+    assert student(["picture 1"], [3], steps=2).shape == (1, 3, toys.IMAGE_SIZE_PX, toys.IMAGE_SIZE_PX)
+    changed = artifact.load(str(out / "student")).unet.state_dict()
+    original = artifact.load(str(models / "teacher")).unet.state_dict()
+    assert any(not torch.equal(changed[name], original[name]) for name in original)
+    lineage = artifact.read_distillation(str(out / "student")).lineage
+    assert lineage["teacher"] == str(models / "teacher") and lineage["config"]["objective"]["distillation_weight"] == 2.5
+    assert (out / "config.yaml").is_file() and list((out / "training").glob("events*"))
+
+
+def test_the_same_seed_makes_the_same_student(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b"):
+        distill.main(arguments(models, tmp_path / name, "--data", str(pictures)))
+    first, second = (artifact.load(str(tmp_path / name / "student")).unet.state_dict() for name in ("a", "b"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_finished_run_started_again_only_exports(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    command = arguments(models, tmp_path / "run", "--data", str(pictures))
+    distill.main(command)
+    weights = tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(tmp_path / "run" / "student")
+    distill.main(command)
+    assert weights.read_bytes() == before
+
+
+def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star\n")
+    out = tmp_path / "run"
+    distill.main(arguments(models, out, "--prompts", str(tmp_path / "prompts.txt")))
+    lines = (out / "teacher_images" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["a red circle", "a blue star"]
+    assert artifact.resolve(str(out / "student")).is_dir()
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "training.distill", *command], capture_output=True, text=True)
+
+
+def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    for more, said in (
+        (("--data", str(tmp_path / "empty")), "no metadata.jsonl"),
+        (("objective.student_steps=5",), "1 to 4 steps, not 5"),
+    ):
+        result = run(*arguments(models, out, *more))
+        assert result.returncode == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+        assert not out.exists()
