@@ -77,6 +77,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --no-input --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install -qq --no-input --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python -c "from diffusion_kd import _torchvision; _torchvision.install_startup_line()"
 	touch $@
 
 define need_python

@@ -84,7 +84,7 @@ class Distillation:
 
 
 def resolve(name_or_path: str) -> pathlib.Path:
-    """The local folder of a shipped name, a folder, or a hub id (downloaded). Raises ModelError with what was sought."""
+    """The local folder of a shipped name, a folder, or a hub id (downloaded). Raises ModelError."""
     if name_or_path in SHIPPED:
         return SHIPPED[name_or_path]
     path = pathlib.Path(name_or_path)
@@ -92,10 +92,12 @@ def resolve(name_or_path: str) -> pathlib.Path:
         return path
     shipped = ", ".join(sorted(SHIPPED))
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
-        raise errors.ModelError(f"no model {name_or_path!r}: not a folder, not a hub id (owner/name), not one of {shipped}")
+        raise errors.ModelError(
+            f"no model {name_or_path!r}: not a folder, not a hub id (owner/name), not one of {shipped}"
+        )
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name_or_path))
-    except Exception as error:  # the hub's client raises errors of several libraries
+    except Exception as error:  # noqa: BLE001 - the hub's client raises errors of several libraries
         raise errors.ModelError(
             f"no model {name_or_path!r}: not a folder, not one of {shipped}, and the hub did not give it: "
             f"{str(error).splitlines()[0]}"

@@ -3,25 +3,34 @@
 The only place that knows what a U-Net predicts. Losses, objectives and samplers see x0_hat alone.
 """
 
-import diffusers
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.types import Conditioning, PredictionType
 
+_TIME_IDS = 6
+
 
 class Denoiser(nn.Module):
     """An SDXL U-Net read as a clean estimate.
 
-    unet: predicts what `prediction_type` says, at timesteps of `schedule`.
+    unet: called like diffusers' UNet2DConditionModel; predicts what `prediction_type` says at timesteps of `schedule`.
     """
 
-    def __init__(
-        self, unet: diffusers.UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType
-    ) -> None:
+    unet: Any
+
+    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
         super().__init__()
         self.unet, self.schedule, self.prediction_type = unet, schedule, prediction_type
+
+    @property
+    def pooled_dim(self) -> int:
+        """Width of the pooled text that the U-Net is told."""
+        config = self.unet.config
+        return int(config.projection_class_embeddings_input_dim - _TIME_IDS * config.addition_time_embed_dim)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """x0_hat (B, C, h, w) float32 of x_t (B, C, h, w) at timesteps (B,), without guidance."""

@@ -27,7 +27,8 @@ class _Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return next(self.parts.unet.parameters()).device
+        device: torch.device = self.parts.unet.device
+        return device
 
     def to(self, device: torch.device | str) -> "_Pipeline":
         self.parts.to(device)
@@ -55,7 +56,9 @@ class _Pipeline:
 
 def _generators(prompts: Sequence[str], seeds: Sequence[int]) -> list[torch.Generator]:
     if len(prompts) != len(seeds) or not prompts:
-        raise errors.ConfigError(f"need one seed for each prompt and at least one; got {len(prompts)} prompts, {len(seeds)} seeds")
+        raise errors.ConfigError(
+            f"need one seed for each prompt and at least one; got {len(prompts)} prompts, {len(seeds)} seeds"
+        )
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -76,19 +79,21 @@ class FewStepPipeline(_Pipeline):
         Raises ConfigError for other values, or unless there is one seed for each prompt.
         """
         if steps not in self.timesteps:
-            raise errors.ConfigError(f"this student takes {', '.join(map(str, sorted(self.timesteps)))} steps, not {steps}")
+            raise errors.ConfigError(
+                f"this student takes {', '.join(map(str, sorted(self.timesteps)))} steps, not {steps}"
+            )
         if guidance_scale != 0:
             raise errors.ConfigError(f"a student takes no guidance: guidance_scale must be 0, not {guidance_scale}")
         generators = _generators(prompts, seeds)
         cond = self._encode(prompts)
-        x_t = self._noise(generators)
         since = time.perf_counter()
-        schedule = self.denoiser.schedule
-        for index, timestep in enumerate(self.timesteps[steps]):
+        x0: Tensor | None = None
+        for timestep in self.timesteps[steps]:
             now = torch.full((len(prompts),), timestep, device=self.device)
-            if index > 0:
-                x_t = schedule.add_noise(x0, self._noise(generators), now)  # noqa: F821 - bound by the step before
+            noise = self._noise(generators)
+            x_t = noise if x0 is None else self.denoiser.schedule.add_noise(x0, noise, now)
             x0 = self.denoiser(x_t, now, cond)
+        assert x0 is not None, "every step count has timesteps"
         self.stage_s["denoise"] += time.perf_counter() - since
         return self._decode(x0)
 

@@ -10,8 +10,9 @@ as sampling does, while the x0 formula keeps the finite alpha: with alpha = 0 an
 zero terminal signal (Lin et al. 2023) alpha_999 is 0 exactly and only velocity or x0 networks are defined there.
 """
 
+from typing import Any
+
 import torch
-from diffusers import SchedulerMixin
 from torch import Tensor
 
 from diffusion_kd import errors
@@ -32,8 +33,8 @@ class NoiseSchedule:
         self.sigmas = (1 - squared).sqrt()
 
     @classmethod
-    def from_scheduler(cls, scheduler: SchedulerMixin) -> "NoiseSchedule":
-        """The training tables of a diffusers scheduler, rebuilt from its config in float64.
+    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
+        """The training tables of a diffusers scheduler, rebuilt in float64 from what its `config` says of the betas.
 
         Sampling schedulers alter their own `alphas_cumprod` (Euler clamps the last one), so the betas decide.
         Raises ModelError for a beta schedule that is not variance preserving or not known.

@@ -6,7 +6,7 @@ Images are RGB in [-1, 1]; 8-bit arrays end in `_uint8`. Latents are scaled: wha
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 def prediction_type(name: str) -> PredictionType:
     """Check a prediction type given by name. Raises ModelError on any other."""
-    for known in get_args(PredictionType):
-        if name == known:
-            return known
-    raise errors.ModelError(f"prediction type {name!r} is not supported; supported are {', '.join(get_args(PredictionType))}")
+    if name in get_args(PredictionType):
+        return cast(PredictionType, name)
+    raise errors.ModelError(
+        f"prediction type {name!r} is not supported; supported are {', '.join(get_args(PredictionType))}"
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,7 +28,9 @@ def test_a_saved_pipeline_comes_back_in_half_precision(folder: pathlib.Path) -> 
     assert not any(weight.requires_grad for weight in loaded.unet.parameters())
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"])
+@pytest.mark.parametrize(
+    "part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
+)
 def test_a_missing_part_is_named(folder: pathlib.Path, part: str) -> None:
     shutil.rmtree(folder / part)
     with pytest.raises(errors.ModelError, match=f"no {part}/"):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.toys import tiny_parts
 from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.shapes import model
 from diffusion_kd.types import Conditioning, PredictionType
+from tests.toys import tiny_parts
 
 
 class Oracle(nn.Module):

@@ -25,7 +25,9 @@ def few_step(prediction_type: str = "v_prediction") -> pipeline.FewStepPipeline:
 def export(folder: pathlib.Path, prediction_type: str) -> pathlib.Path:
     parts = toys.tiny_parts(prediction_type)
     parts = artifact.dataclasses.replace(parts, scheduler=artifact.student_scheduler(parts.scheduler, 4))
-    distillation = artifact.Distillation("add", pipeline.trained_timesteps(4), prediction_type, parts.size_px, {"teacher": "toy"})
+    distillation = artifact.Distillation(
+        "add", pipeline.trained_timesteps(4), prediction_type, parts.size_px, {"teacher": "toy"}
+    )
     artifact.export_student(folder, parts=parts, distillation=distillation)
     return folder
 

@@ -28,7 +28,12 @@ def latents(seed: int, count: int = 4) -> torch.Tensor:
 
 def test_sdxl_tables_have_the_published_values() -> None:
     table = NoiseSchedule.from_scheduler(SDXL)
-    for timestep, alpha, sigma in ((249, 0.8218, 0.5697), (499, 0.5269, 0.8499), (749, 0.2380, 0.9713), (999, 0.0683, 0.9977)):
+    for timestep, alpha, sigma in (
+        (249, 0.8218, 0.5697),
+        (499, 0.5269, 0.8499),
+        (749, 0.2380, 0.9713),
+        (999, 0.0683, 0.9977),
+    ):
         assert table.alphas[timestep].item() == pytest.approx(alpha, abs=5e-5)
         assert table.sigmas[timestep].item() == pytest.approx(sigma, abs=5e-5)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import omegaconf
 import yaml
@@ -33,7 +33,7 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
         )
         return cast(Config, omegaconf.OmegaConf.to_object(merged))
     except omegaconf.errors.ConfigKeyError as error:
-        owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
+        owner: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         known = ", ".join(field.name for field in dataclasses.fields(owner))
         raise errors.ConfigError(f"unknown config key {error.full_key!r}; known keys are {known}") from None
     except omegaconf.errors.OmegaConfBaseException as error:

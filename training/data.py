@@ -97,7 +97,9 @@ def _read_metadata(folder: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
         raise errors.DataError(f"no folder {folder}; give one with images and a metadata.jsonl")
     metadata = folder / "metadata.jsonl"
     if not metadata.is_file():
-        raise errors.DataError(f'{folder} has no metadata.jsonl; write a line {{"file_name": …, "text": …}} for each image')
+        raise errors.DataError(
+            f'{folder} has no metadata.jsonl; write a line {{"file_name": …, "text": …}} for each image'
+        )
     items = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -106,7 +108,9 @@ def _read_metadata(folder: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise errors.DataError(f'{metadata}, line {number}: not of the form {{"file_name": …, "text": …}}: {line[:80]}') from None
+            raise errors.DataError(
+                f'{metadata}, line {number}: not of the form {{"file_name": …, "text": …}}: {line[:80]}'
+            ) from None
         if not isinstance(text, str) or not text.strip():
             raise errors.DataError(f"{metadata}, line {number}: the caption of {name} is empty")
         if not (folder / name).is_file():
@@ -146,7 +150,11 @@ def teacher_images(teacher: str, prompts: pathlib.Path, folder: pathlib.Path, se
     sampler = pipeline.load_teacher(teacher)
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(texts), _TEACHER_BATCH):
-        wanted = [index for index in range(start, min(start + _TEACHER_BATCH, len(texts))) if not (folder / f"{index}.png").exists()]
+        wanted = [
+            index
+            for index in range(start, min(start + _TEACHER_BATCH, len(texts)))
+            if not (folder / f"{index}.png").exists()
+        ]
         if wanted:
             images = sampler([texts[index] for index in wanted], [seed + index for index in wanted])
             for index, image in zip(wanted, images, strict=True):

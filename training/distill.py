@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class DistillConfig:
-    """All settings of a distillation. Keys of `objective` are those of `add.ADDConfig`, of `training` those of `loop.LoopConfig`.
+    """All settings of a distillation.
 
+    objective: keys of `add.ADDConfig`. training: keys of `loop.LoopConfig`.
     scenes: how many shapes scenes are drawn (unused with --data or --prompts).
     feature_network: what the pixel discriminator looks through: `shapes-encoder` or a CLIP folder or hub id,
         `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE[:WEIGHTS]`.
@@ -87,12 +88,17 @@ class Distillation:
             student=student,
             teacher=self.parts.denoiser(),
             vae=self.parts.vae,
-            feature_network=load_feature_network(config.feature_network, self.parts.size_px).to(self.accelerator.device),
+            feature_network=load_feature_network(config.feature_network, self.parts.size_px).to(
+                self.accelerator.device
+            ),
         )
 
     def run(self) -> pathlib.Path:
         """Train and export. Returns the artifact's folder."""
-        rates = {"student": self.config.training.learning_rate, "discriminator": self.config.discriminator_learning_rate}
+        rates = {
+            "student": self.config.training.learning_rate,
+            "discriminator": self.config.discriminator_learning_rate,
+        }
         betas = {"student": (0.9, 0.99), "discriminator": (0.0, 0.99)}
         learners = [
             loop.Learner(phase.name, phase, rates[phase.name], betas[phase.name]) for phase in self.objective.phases
@@ -176,7 +182,9 @@ class Distillation:
 def _code_version() -> str:
     """The package's version and, in a checkout, its commit."""
     here = pathlib.Path(__file__).parent
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     return f"{diffusion_kd.__version__}+{asked.stdout.strip()}" if asked.returncode == 0 else diffusion_kd.__version__
 
 
@@ -186,7 +194,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--teacher", default="shapes-teacher", help="an SDXL-layout folder, a hub id or shapes-teacher")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data", type=pathlib.Path, help="a folder with images and metadata.jsonl instead of shapes")
-    source.add_argument("--prompts", type=pathlib.Path, help="a text file, a prompt a line: the teacher makes the images")
+    source.add_argument(
+        "--prompts", type=pathlib.Path, help="a text file, a prompt a line: the teacher makes the images"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
     parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
     return parser.parse_args(arguments)

@@ -116,7 +116,9 @@ def fit(
         last = step + 1 == steps or _done(step * config.batch_size, elapsed_s, config) >= 1
         batch = draw(step, local_batch)
         for learner in learners:
-            losses = _take_step(accelerator, learner, parallel[learner.name], state.optimizers[learner.name], batch, share, config)
+            losses = _take_step(
+                accelerator, learner, parallel[learner.name], state.optimizers[learner.name], batch, share, config
+            )
             progress.add(losses)
         state.update_average()
         if (step + 1) % config.log_every_steps == 0 or last:

@@ -20,11 +20,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import accelerate
-import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers.models import attention_processor
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -77,7 +75,7 @@ class TeacherConfig:
 
 
 class CellReader(nn.Module):
-    """Reads what each cell shows out of a feature map (B, C, n, n) by one 1x1 convolution. A training aid, discarded."""
+    """Reads what each cell shows out of a feature map (B, C, n, n) by a 1x1 convolution. A training aid, discarded."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -94,14 +92,18 @@ class CellReader(nn.Module):
 class Contrastive(nn.Module):
     """CLIP's loss (Radford et al. 2021) for both text encoders against one image encoder."""
 
-    def __init__(self, text: conditioning.PromptEncoder, image_encoder: transformers.CLIPVisionModelWithProjection) -> None:
+    def __init__(
+        self, text: conditioning.PromptEncoder, image_encoder: transformers.CLIPVisionModelWithProjection
+    ) -> None:
         super().__init__()
         self.text, self.image_encoder = text, image_encoder
         self.projection = nn.Linear(text.text_encoder.config.hidden_size, model.PROJECTION_DIM, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([np.log(1 / 0.07)] * 2, dtype=torch.float32))
         self.cells = CellReader(image_encoder.config.hidden_size)
 
-    def forward(self, images: Tensor, ids: Tensor, ids_2: Tensor, labels: Tensor | None, cell_weight: float) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, ids: Tensor, ids_2: Tensor, labels: Tensor | None, cell_weight: float
+    ) -> dict[str, Tensor]:
         seen = self.image_encoder(images)
         image = functional.normalize(seen.image_embeds.float(), dim=-1)
         first = self.projection(self.text.text_encoder(ids).pooler_output)
@@ -124,7 +126,9 @@ class Autoencoding(nn.Module):
     align them with a pretrained network's features; here the scenes themselves are known).
     """
 
-    def __init__(self, vae: diffusers.AutoencoderKL, kl_weight: float) -> None:
+    vae: Any
+
+    def __init__(self, vae: Any, kl_weight: float) -> None:
         super().__init__()
         self.vae, self.kl_weight = vae, kl_weight
         self.cells = CellReader(model.LATENT_CHANNELS)
@@ -147,7 +151,9 @@ class Autoencoding(nn.Module):
 class Decoding(nn.Module):
     """The decoder alone, on latents shaken by up to `_DECODER_NOISE`: a denoiser's latents are never quite clean."""
 
-    def __init__(self, vae: diffusers.AutoencoderKL) -> None:
+    vae: Any
+
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
         for fixed in (vae.encoder, vae.quant_conv):
@@ -161,9 +167,11 @@ class Decoding(nn.Module):
 class Denoising(nn.Module):
     """SDXL's objective on cached latents, the text encoders learning along."""
 
+    unet: Any
+
     def __init__(
         self,
-        unet: diffusers.UNet2DConditionModel,
+        unet: Any,
         text: conditioning.PromptEncoder,
         schedule: NoiseSchedule,
         prediction_type: types.PredictionType,
@@ -231,8 +239,7 @@ class Build:
         self.vae = model.build_vae()
         self.unet = model.build_unet()
         if self.accelerator.device.type == "cpu":
-            # A third faster here: the backward of torch's fused attention is slow on CPUs.
-            self.unet.set_attn_processor(attention_processor.AttnProcessor())
+            model.use_plain_attention(self.unet)
 
     def _tokenizer(self) -> transformers.CLIPTokenizer:
         """Learnt from the captions once; a run that goes on reads what it learnt."""
@@ -307,7 +314,7 @@ class Build:
 
     @torch.no_grad()
     def _normalise_latents(self) -> None:
-        """Fold a per-channel shift and scale into the 1x1 convolutions around the latents, so that each has unit variance.
+        """Fold a shift and scale of each channel into the 1x1 convolutions around the latents: unit variance for all.
 
         diffusers' SDXL pipeline knows one `scaling_factor` for all channels, and four channels at most where it
         knows more; the convolutions can hold the rest exactly.
@@ -330,7 +337,8 @@ class Build:
     def _encode(self, indices: list[int]) -> Tensor:
         images = data.to_tensor(self.images.images_uint8(indices)).to(self.accelerator.device)
         with self.accelerator.autocast():
-            return self.vae.encode(images).latent_dist.mean.float().cpu()
+            latents: Tensor = self.vae.encode(images).latent_dist.mean.float().cpu()
+        return latents
 
     def cache_latents(self) -> tuple[Tensor, Tensor | None]:
         """Encode every image once, shared among the processes.
@@ -342,10 +350,10 @@ class Build:
             rank, workers, count = self.accelerator.process_index, self.accelerator.num_processes, len(self.images)
             own = range(rank * count // workers, (rank + 1) * count // workers)
             chunks = [list(own[start : start + 128]) for start in range(0, len(own), 128)]
-            labels = [self.images.cell_labels(chunk, model.LATENT_SIZE) for chunk in chunks]
+            labels = [known.to(torch.uint8) for chunk in chunks if (known := self._labels(chunk)) is not None]
             part = {
                 "latents": torch.cat([self._encode(chunk).half() for chunk in chunks]),
-                "labels": None if labels[0] is None else torch.from_numpy(np.concatenate(labels)).to(torch.uint8),
+                "labels": torch.cat(labels) if labels else None,
             }
             loop.save_atomically(part, self.folder / f"latents.{rank}.pt")
             self.accelerator.wait_for_everyone()
@@ -372,9 +380,7 @@ class Build:
             chosen = latents[indices].float()
             strength = torch.from_numpy(rng.random((count, 1, 1, 1), np.float32)) * _DECODER_NOISE
             shaken = chosen + strength * torch.from_numpy(rng.standard_normal(chosen.shape, np.float32))
-            return self._to_device(
-                {"latents": shaken, "images": data.to_tensor(self.images.images_uint8(indices))}
-            )
+            return self._to_device({"latents": shaken, "images": data.to_tensor(self.images.images_uint8(indices))})
 
         self._fit("decoder", Decoding(self.vae), draw)
 

@@ -47,7 +47,7 @@ def r1_penalty(logits: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
 
 
 def finite_difference_penalty(logits: Sequence[Tensor], shaken: Sequence[Tensor]) -> Tensor:
-    """Mean squared change of the judgements when the heads' input is shaken by small noise: R1 (on real) or R2 (on fake).
+    """Mean squared change of the judgements when the heads' input is shaken: R1 on real pictures, R2 on fake ones.
 
     Needs no second derivative. Source: Lin et al. 2025 (APT), the approximate R1.
     """

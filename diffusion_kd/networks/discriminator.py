@@ -49,7 +49,8 @@ class Head(nn.Module):
         if self.project is None:
             return judged[:, 0]
         assert condition is not None, "a conditioned head was given no condition"
-        return (judged * self.project(condition)[..., None]).sum(1) / math.sqrt(_PROJECTION)
+        projected: Tensor = self.project(condition)
+        return (judged * projected[..., None]).sum(1) / math.sqrt(_PROJECTION)
 
 
 class Heads(nn.Module):
@@ -78,7 +79,7 @@ class _FeaturesComplete(Exception):
 
 
 class LatentFeatures(nn.Module):
-    """Down and middle blocks of the frozen teacher as a feature network on noised latents. Gradients reach the latents."""
+    """Down and middle blocks of the frozen teacher as features of noised latents. Gradients reach the latents."""
 
     def __init__(self, teacher: Denoiser) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 """Frozen feature networks: an image -> feature maps at several depths and one global vector.
 
-| class               | network                                                   | used for                              |
-|---------------------|-----------------------------------------------------------|---------------------------------------|
-| `ClipFeatures`      | any transformers CLIP; the embedded encoder is one        | shapes: everything; CLIP score        |
-| `OpenClipFeatures`  | any open_clip model with a ViT tower                      | CLIP score of real images             |
-| `DinoFeatures`      | DINOv2 through timm (Oquab et al. 2023)                   | ADD's discriminator on real images    |
+| class              | network                                             | used for                           |
+|--------------------|-----------------------------------------------------|------------------------------------|
+| `ClipFeatures`     | any transformers CLIP; the embedded encoder is one  | shapes: everything; CLIP score     |
+| `OpenClipFeatures` | any open_clip model with a ViT tower                | CLIP score of real images          |
+| `DinoFeatures`     | DINOv2 through timm (Oquab et al. 2023)             | ADD's discriminator on real images |
 
 Discriminators, Fréchet distances, perceptual distances and monitoring take any of them. The teacher's own U-Net as
 a feature network works on noised latents and is in `networks.discriminator`.
@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import transformers
@@ -71,7 +71,8 @@ def _prepare(images: Tensor, size_px: int, mean: Sequence[float], std: Sequence[
     if images.shape[-2:] != (size_px, size_px):
         images = functional.interpolate(images, (size_px, size_px), mode="area")
     shift, scale = images.new_tensor(mean), images.new_tensor(std)
-    return ((images + 1) / 2 - shift[:, None, None]) / scale[:, None, None]
+    normalised: Tensor = ((images + 1) / 2 - shift[:, None, None]) / scale[:, None, None]
+    return normalised
 
 
 def _grid(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -81,6 +82,8 @@ def _grid(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
 
 class ClipFeatures(TextImageNetwork):
     """A transformers CLIP model. Maps: the input of the first layer and the output of every layer in `depths`."""
+
+    clip: Any
 
     def __init__(
         self,
@@ -112,14 +115,21 @@ class ClipFeatures(TextImageNetwork):
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
         )
         ids = tokens.input_ids.to(self.clip.device)
-        return self.clip.text_projection(self.clip.text_model(ids).pooler_output)
+        vectors: Tensor = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
+        return vectors
 
 
 class OpenClipFeatures(TextImageNetwork):
     """An open_clip model with a ViT tower, by its name and weights (a tag or a path); weights None: random."""
+
+    clip: Any
 
     def __init__(self, architecture: str, weights: str | None = None, *, depths: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -146,7 +156,8 @@ class OpenClipFeatures(TextImageNetwork):
 
     @torch.no_grad()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        return self.clip.encode_text(self.tokenizer(list(prompts)).to(next(self.parameters()).device))
+        vectors: Tensor = self.clip.encode_text(self.tokenizer(list(prompts)).to(next(self.parameters()).device))
+        return vectors
 
 
 class DinoFeatures(FeatureNetwork):
@@ -155,6 +166,8 @@ class DinoFeatures(FeatureNetwork):
     weights: None for random, True for timm's own download, or a path to a checkpoint.
     Source: Sauer et al. 2023 (ADD), section 3.2; blocks 2, 5, 8, 11 of ViT-S as in StyleGAN-T.
     """
+
+    vit: Any
 
     def __init__(
         self,
@@ -195,7 +208,7 @@ class DinoFeatures(FeatureNetwork):
 
 
 def load_clip(folder: pathlib.Path, name: str) -> ClipFeatures:
-    """A transformers CLIP folder with its tokenizer; its `preprocessor_config.json` gives the normalisation, if there."""
+    """A transformers CLIP folder with its tokenizer; `preprocessor_config.json`, if there, gives the normalisation."""
     try:
         clip = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)

@@ -19,8 +19,8 @@ Where the paper is silent or we deviate:
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,8 @@ class ADD:
     """The objective: a student and a discriminator against a frozen teacher.
 
     student, teacher: denoisers on the same schedule; the student usually starts as a copy of the teacher.
-    vae: decodes latents, frozen. feature_network: what the pixel discriminator looks through, frozen.
+    vae: decodes latents like diffusers' AutoencoderKL. feature_network: what the pixel heads look through. Both and the
+        teacher are frozen here.
     Raises ModelError if the student's prediction has no x0 at the last timestep.
     """
 
@@ -122,7 +123,7 @@ class ADD:
         *,
         student: Denoiser,
         teacher: Denoiser,
-        vae: diffusers.AutoencoderKL,
+        vae: Any,
         feature_network: features.FeatureNetwork,
     ) -> None:
         self.config, self.student, self.teacher, self.vae = config, student, teacher, vae
@@ -133,7 +134,7 @@ class ADD:
                 "an epsilon teacher on betas with zero terminal signal has no x0 at pure noise; "
                 "use its betas without rescaling, or a v_prediction teacher"
             )
-        text_dim = teacher.unet.config.projection_class_embeddings_input_dim - 6 * teacher.unet.config.addition_time_embed_dim
+        text_dim = teacher.pooled_dim
         conditions = [text_dim] * config.text_condition + [feature_network.vector_dim] * config.image_condition
         self.latent_features = discriminator.LatentFeatures(teacher)
         self.heads = nn.ModuleDict()
@@ -155,7 +156,9 @@ class ADD:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about [-1, 1], with gradients."""
-        images: Tensor = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False)[0]
+        images: Tensor = self.vae.decode(
+            latents.to(self.vae.dtype) / self.vae.config.scaling_factor, return_dict=False
+        )[0]
         return images.float()
 
     def conditions(self, cond: Conditioning, image_vectors: Tensor, at_end: Tensor) -> list[Tensor]:
@@ -171,7 +174,8 @@ class ADD:
         x_t = self.teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
         maps = self.latent_features(x_t, timesteps, batch.cond)
         told = [batch.cond.pooled.float()] if self.config.text_condition else []
-        return self.heads["latent"]([layer.float() for layer in maps], told)
+        logits: list[Tensor] = self.heads["latent"](_float(maps), told)
+        return logits
 
     def draw_student_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """(count,) of the student's timesteps; the last with `terminal_probability`, or all alike."""
@@ -254,8 +258,11 @@ class StudentPhase(Phase):
         timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
         x_t = teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
         if config.weighting == "nfsd":
-            estimates = [teacher(x_t, timesteps, cond) for cond in (batch.cond, batch.uncond, batch.negative)]
-            return distillation.nfsd_target(x0, *estimates, x_t, timesteps, teacher.schedule), timesteps
+            with_text, without, negative = (
+                teacher(x_t, timesteps, cond) for cond in (batch.cond, batch.uncond, batch.negative)
+            )
+            target = distillation.nfsd_target(x0, with_text, without, negative, x_t, timesteps, teacher.schedule)
+            return target, timesteps
         if config.teacher_guidance == [1.0]:
             return teacher(x_t, timesteps, batch.cond), timesteps
         share = torch.rand(len(x0), generator=generator).to(x0.device)

@@ -12,7 +12,7 @@ Knows no torch: numpy only.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,7 +164,9 @@ def _pairs(held_out: bool) -> list[tuple[str, str]]:
     return [(shape, colour) for shape in SHAPES for colour in COLOURS if ((shape, colour) in HELD_OUT) == held_out]
 
 
-def _place(shape: str, colour: str, size: str, place: str, slack: tuple[float, float], rng: np.random.Generator) -> SceneObject:
+def _place(
+    shape: str, colour: str, size: str, place: str, slack: tuple[float, float], rng: np.random.Generator
+) -> SceneObject:
     x, y = PLACES[place]
     dx, dy = rng.uniform(-1, 1, 2) * slack
     return SceneObject(shape, colour, size, x + dx, y + dy, RADIUS_PX[size] * rng.uniform(0.97, 1.03))
@@ -178,13 +180,9 @@ def _slack(layout: str) -> tuple[float, float]:
     return (JITTER_PX, JITTER_PX)
 
 
-def _compose(
-    looks: Sequence[tuple[str, str, str]], layout: str, background: str, rng: np.random.Generator
-) -> Scene:
+def _compose(looks: Sequence[tuple[str, str, str]], layout: str, background: str, rng: np.random.Generator) -> Scene:
     places = RELATIONS[layout] if len(looks) == 2 else (layout,)
-    objects = tuple(
-        _place(*look, place, _slack(layout), rng) for look, place in zip(looks, places, strict=True)
-    )
+    objects = tuple(_place(*look, place, _slack(layout), rng) for look, place in zip(looks, places, strict=True))
     return Scene(objects, layout, background)
 
 
@@ -227,9 +225,7 @@ def draw_sibling(scene: Scene, rng: np.random.Generator) -> Scene:
     return _compose(looks, layout, background, rng)
 
 
-def _change_look(
-    looks: list[tuple[str, str, str]], fact: str, rng: np.random.Generator
-) -> list[tuple[str, str, str]]:
+def _change_look(looks: list[tuple[str, str, str]], fact: str, rng: np.random.Generator) -> list[tuple[str, str, str]]:
     which = int(rng.integers(len(looks)))
     others = looks[:which] + looks[which + 1 :]
     while True:
@@ -245,7 +241,7 @@ def _change_look(
             return [*looks[:which], (shape, colour, size), *looks[which + 1 :]]
 
 
-def _another(options: Sequence[str] | dict[str, object], current: str, rng: np.random.Generator) -> str:
+def _another(options: Iterable[str], current: str, rng: np.random.Generator) -> str:
     return str(rng.choice([option for option in options if option != current]))
 
 
@@ -299,7 +295,8 @@ def _signed_distance(shape: str, points: NDArray[np.float64]) -> NDArray[np.floa
     crosses = (start[:, 1] > y) != (end[:, 1] > y)
     reached = x < edge[:, 0] * (y - start[:, 1]) / np.where(edge[:, 1] == 0, 1, edge[:, 1]) + start[:, 0]
     inside = (crosses & reached).sum(1) % 2 == 1
-    return np.where(inside, -distance, distance)
+    signed: NDArray[np.float64] = np.where(inside, -distance, distance)
+    return signed
 
 
 def _coverage(thing: SceneObject) -> tuple[slice, slice, NDArray[np.float64]]:
@@ -322,7 +319,8 @@ def render(scene: Scene) -> NDArray[np.uint8]:
         rows, columns, covered = _coverage(thing)
         patch = image[rows, columns]
         patch += (np.array(COLOURS[thing.colour]) - patch) * covered[..., None]
-    return np.rint(image).astype(np.uint8)
+    drawn: NDArray[np.uint8] = np.rint(image).astype(np.uint8)
+    return drawn
 
 
 def cell_labels(scene: Scene, cells: int) -> NDArray[np.int64]:

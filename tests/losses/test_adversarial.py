@@ -7,7 +7,10 @@ from diffusion_kd.losses import adversarial
 
 
 def test_hinge_of_the_discriminator() -> None:
-    real, fake = [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5]])], [torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0]])]
+    real, fake = (
+        [torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5]])],
+        [torch.tensor([[-3.0, 0.0]]), torch.tensor([[1.0]])],
+    )
     # real: (0 + 1) / 2 + 0.5; fake: (0 + 1) / 2 + 2
     assert adversarial.hinge_discriminator_loss(real, fake).item() == pytest.approx(1.0 + 2.5)
 

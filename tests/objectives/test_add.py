@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.toys import ToyFeatures, tiny_batch, tiny_parts
 from diffusion_kd import errors
 from diffusion_kd.objectives import add
+from tests.toys import ToyFeatures, tiny_batch, tiny_parts
 
 
 def build(prediction_type: str = "v_prediction", **settings: Any) -> add.ADD:
@@ -39,7 +39,12 @@ def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_the_paper_is_the_default() -> None:
     config = add.ADDConfig()
-    assert (config.student_steps, config.distillation_weight, config.weighting, config.r1_weight) == (4, 2.5, "exp", 1e-5)
+    assert (config.student_steps, config.distillation_weight, config.weighting, config.r1_weight) == (
+        4,
+        2.5,
+        "exp",
+        1e-5,
+    )
     assert config.text_condition and config.image_condition and config.distance_space == "pixel"
     assert config.terminal_probability is None
     assert config.latent_weight == config.mismatch_weight == config.finite_difference_weight == 0

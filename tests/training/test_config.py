@@ -26,8 +26,16 @@ def test_every_shipped_config_belongs_to_a_command() -> None:
 
 
 def test_overrides_reach_nested_keys() -> None:
-    loaded = config.load(distill.DistillConfig, "shapes_add", ["objective.weighting=sds", "training.images=320", "objective.teacher_guidance=[3,8]"])
-    assert (loaded.objective.weighting, loaded.training.images, loaded.objective.teacher_guidance) == ("sds", 320, [3.0, 8.0])
+    loaded = config.load(
+        distill.DistillConfig,
+        "shapes_add",
+        ["objective.weighting=sds", "training.images=320", "objective.teacher_guidance=[3,8]"],
+    )
+    assert (loaded.objective.weighting, loaded.training.images, loaded.objective.teacher_guidance) == (
+        "sds",
+        320,
+        [3.0, 8.0],
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,4 +73,6 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: pathlib.Path) -> None:
 def test_a_saved_config_loads_to_itself(tmp_path: pathlib.Path) -> None:
     original = config.load(distill.DistillConfig, "shapes_add", ["objective.terminal_probability=0.5"])
     config.save(original, tmp_path / "config.yaml")
-    assert dataclasses.asdict(config.load(distill.DistillConfig, str(tmp_path / "config.yaml"))) == dataclasses.asdict(original)
+    assert dataclasses.asdict(config.load(distill.DistillConfig, str(tmp_path / "config.yaml"))) == dataclasses.asdict(
+        original
+    )

@@ -39,7 +39,9 @@ def test_neighbours_in_a_group_differ_by_one_fact() -> None:
         for sibling in siblings:
             looks = [[(o.shape, o.colour, o.size) for o in scene.objects] for scene in (first, sibling)]
             facts = sum(a != b for one, other in zip(*looks, strict=True) for a, b in zip(one, other, strict=True))
-            changed = (looks[0] != looks[1]) + (first.layout != sibling.layout) + (first.background != sibling.background)
+            changed = (
+                (looks[0] != looks[1]) + (first.layout != sibling.layout) + (first.background != sibling.background)
+            )
             assert changed == 1
             assert facts <= 1 or looks[0] == looks[1][::-1]
 

@@ -71,7 +71,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_a_folder_of_pictures_makes_a_student(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_folder_of_pictures_makes_a_student(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     out = tmp_path / "run"
     distill.main(arguments(models, out, "--data", str(pictures)))
     student = pipeline.load_student(str(out / "student"))
@@ -81,18 +83,24 @@ def test_a_folder_of_pictures_makes_a_student(models: pathlib.Path, pictures: pa
     original = artifact.load(str(models / "teacher")).unet.state_dict()
     assert any(not torch.equal(changed[name], original[name]) for name in original)
     lineage = artifact.read_distillation(str(out / "student")).lineage
-    assert lineage["teacher"] == str(models / "teacher") and lineage["config"]["objective"]["distillation_weight"] == 2.5
+    assert (
+        lineage["teacher"] == str(models / "teacher") and lineage["config"]["objective"]["distillation_weight"] == 2.5
+    )
     assert (out / "config.yaml").is_file() and list((out / "training").glob("events*"))
 
 
-def test_the_same_seed_makes_the_same_student(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_same_seed_makes_the_same_student(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     for name in ("a", "b"):
         distill.main(arguments(models, tmp_path / name, "--data", str(pictures)))
     first, second = (artifact.load(str(tmp_path / name / "student")).unet.state_dict() for name in ("a", "b"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_finished_run_started_again_only_exports(models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_finished_run_started_again_only_exports(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     command = arguments(models, tmp_path / "run", "--data", str(pictures))
     distill.main(command)
     weights = tmp_path / "run" / "student" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -115,7 +123,9 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.distill", *command], capture_output=True, text=True)
 
 
-def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(
+    models: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     out = tmp_path / "run"
     (tmp_path / "empty").mkdir()
     for more, said in (

@@ -13,7 +13,13 @@ from diffusion_kd import errors
 from training import loop
 
 CONFIG = loop.LoopConfig(
-    images=40, batch_size=2, learning_rate=0.1, warmup_images=4, ema_decay=0.9, checkpoint_every_s=1e9, log_every_steps=10
+    images=40,
+    batch_size=2,
+    learning_rate=0.1,
+    warmup_images=4,
+    ema_decay=0.9,
+    checkpoint_every_s=1e9,
+    log_every_steps=10,
 )
 
 
@@ -85,9 +91,9 @@ def test_what_is_not_finite_is_skipped(tmp_path: pathlib.Path) -> None:
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: pathlib.Path) -> None:
     fit(tmp_path)
+    other = nn.ModuleDict({"other": nn.Linear(2, 2)})
+    learner = loop.Learner("toy", other, 0.1)
     with pytest.raises(errors.ConfigError, match="another configuration"):
-        other = nn.ModuleDict({"other": nn.Linear(2, 2)})
-        learner = loop.Learner("toy", other, 0.1)
         loop.fit(accelerate.Accelerator(cpu=True), [learner], draw, CONFIG, tmp_path, averaged=other)
 
 
