@@ -424,8 +424,7 @@ class Build:
         """Write the teacher as an SDXL-layout pipeline folder, and the embedded feature network beside it."""
         parts = artifact.Parts(self.unet, self.vae, self.text, model.build_noise_scheduler(self.config.prediction_type))
         artifact.save_pipeline(self.folder / "teacher", parts=parts)
-        self.clip.half().save_pretrained(self.folder / "encoder")
-        model.save_tokenizer(self.text.tokenizers[0], self.folder / "encoder")
+        model.save_clip(self.clip, self.text.tokenizers[0], self.folder / "encoder")
         _log.info("exported %s and %s", self.folder / "teacher", self.folder / "encoder")
 
 

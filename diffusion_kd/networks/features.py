@@ -77,7 +77,8 @@ def _prepare(images: Tensor, size_px: int, mean: Sequence[float], std: Sequence[
 
 def _grid(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, 1 + N, C) with the class token first -> (B, C, h, w), the class token added to each patch (StyleGAN-T)."""
-    return (tokens[:, 1:] + tokens[:, :1]).mT.unflatten(-1, shape)
+    patches: Tensor = tokens[:, 1:] + tokens[:, :1]
+    return patches.mT.unflatten(-1, shape)  # type: ignore[no-any-return]
 
 
 class ClipFeatures(TextImageNetwork):

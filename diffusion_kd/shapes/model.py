@@ -133,6 +133,16 @@ def join_clip(
     return clip
 
 
+def save_clip(clip: transformers.CLIPModel, tokenizer: transformers.CLIPTokenizer, folder: pathlib.Path) -> None:
+    """Write the embedded feature network, in half precision, with its tokenizer and its normalisation of [-1, 1]."""
+    clip.half().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
+    transformers.CLIPImageProcessor(
+        size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
 def build_vae() -> diffusers.AutoencoderKL:
     """An f8 autoencoder: (B, 3, 64, 64) in [-1, 1] <-> (B, 12, 8, 8)."""
     widths = (16, 32, 48, 64)
