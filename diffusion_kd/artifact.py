@@ -7,14 +7,12 @@ estimate through fresh noise at the trained timesteps, so `num_inference_steps=N
 is right. `distillation.json` carries what inference must not get wrong, and where the student came from.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -23,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 
-from diffusion_kd import errors, types
+from diffusion_kd import _progress, errors, types
 from diffusion_kd.conditioning import PromptEncoder
 from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.schedule import NoiseSchedule
@@ -114,7 +112,7 @@ def load(name_or_path: str) -> Parts:
         if not (folder / part).is_dir():
             raise errors.ModelError(f"{name_or_path} has no {part}/; an SDXL pipeline folder has {', '.join(_PARTS)}")
     try:
-        with _without_progress_bars():
+        with _progress.hidden():
             parts = _load_parts(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise errors.ModelError(f"{name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -137,18 +135,6 @@ def _load_parts(folder: pathlib.Path) -> Parts:
         ),
         scheduler=_load_scheduler(folder),
     )
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file; a tiny model loads in less time than that takes to read."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _load_scheduler(folder: pathlib.Path) -> diffusers.SchedulerMixin:
@@ -230,7 +216,7 @@ def save_pipeline(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         unfinished = pathlib.Path(temporary) / folder.name
-        with _without_progress_bars():
+        with _progress.hidden():
             pipeline.save_pretrained(unfinished)
         for part in ("text_encoder", "text_encoder_2"):
             _declare_float32(unfinished / part / "config.json")

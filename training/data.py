@@ -137,7 +137,9 @@ def _cover(image: PIL.Image.Image, size_px: int) -> NDArray[np.uint8]:
     return np.asarray(image.resize((size_px, size_px), PIL.Image.Resampling.LANCZOS, box=box))
 
 
-def teacher_images(teacher: str, prompts: pathlib.Path, folder: pathlib.Path, seed: int) -> "FolderImages":
+def teacher_images(
+    teacher: str, prompts: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float, seed: int
+) -> FolderImages:
     """Let a teacher draw a text file's prompts, one a line, into `folder`; pictures that are there already stay.
 
     Raises DataError for a file that is missing or holds no prompt, ModelError for the teacher.
@@ -156,7 +158,8 @@ def teacher_images(teacher: str, prompts: pathlib.Path, folder: pathlib.Path, se
             if not (folder / f"{index}.png").exists()
         ]
         if wanted:
-            images = sampler([texts[index] for index in wanted], [seed + index for index in wanted])
+            chosen = [texts[index] for index in wanted]
+            images = sampler(chosen, [seed + index for index in wanted], guidance_scale=guidance_scale)
             for index, image in zip(wanted, images, strict=True):
                 pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
                 PIL.Image.fromarray(pixels).save(folder / f"{index}.png")

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import logging
 import pathlib
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -210,7 +211,13 @@ def main(arguments: list[str] | None = None) -> None:
     if given.data is not None:
         images: data.CaptionedImages = data.FolderImages(given.data, size_px)
     elif given.prompts is not None:
-        images = data.teacher_images(given.teacher, given.prompts, given.out / "teacher_images", config.seed)
+        images = data.teacher_images(
+            given.teacher,
+            given.prompts,
+            given.out / "teacher_images",
+            guidance_scale=statistics.mean(config.objective.teacher_guidance),
+            seed=config.seed,
+        )
     else:
         images = data.ShapesImages(config.scenes, config.seed)
     given.out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffusion_kd import errors
+from diffusion_kd import _progress, errors
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -211,7 +211,8 @@ class DinoFeatures(FeatureNetwork):
 def load_clip(folder: pathlib.Path, name: str) -> ClipFeatures:
     """A transformers CLIP folder with its tokenizer; `preprocessor_config.json`, if there, gives the normalisation."""
     try:
-        clip = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        with _progress.hidden():
+            clip = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise errors.ModelError(f"{name} is not a CLIP model: {str(error).splitlines()[0]}") from None

@@ -25,6 +25,8 @@ import torch
 import transformers
 from diffusers.models import attention_processor
 
+from diffusion_kd import _progress
+
 IMAGE_SIZE_PX = 64
 LATENT_SIZE = 8
 LATENT_CHANNELS = 12
@@ -135,7 +137,8 @@ def join_clip(
 
 def save_clip(clip: transformers.CLIPModel, tokenizer: transformers.CLIPTokenizer, folder: pathlib.Path) -> None:
     """Write the embedded feature network, in half precision, with its tokenizer and its normalisation of [-1, 1]."""
-    clip.half().save_pretrained(folder)
+    with _progress.hidden():
+        clip.half().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     size = {"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX}
     transformers.CLIPImageProcessor(

@@ -94,8 +94,8 @@ def test_missing_folders_metadata_and_unreadable_images_are_named(tmp_path: path
 
 def test_prompt_files_without_prompts_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.DataError, match="no file"):
-        data.teacher_images("shapes-teacher", tmp_path / "nowhere.txt", tmp_path / "out", 0)
+        data.teacher_images("shapes-teacher", tmp_path / "nowhere.txt", tmp_path / "out", guidance_scale=3.0, seed=0)
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(errors.DataError, match="holds no prompts"):
-        data.teacher_images("shapes-teacher", tmp_path / "empty.txt", tmp_path / "out", 0)
+        data.teacher_images("shapes-teacher", tmp_path / "empty.txt", tmp_path / "out", guidance_scale=3.0, seed=0)
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,95 @@
+"""The teacher from nothing: on shapes, on a folder of pictures, and stopped half-way."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusion_kd import artifact, pipeline
+from training import teacher
+
+SHORT = [
+    f"{stage}.{key}"
+    for stage, batch_size in (("contrastive", 4), ("vae", 2), ("decoder", 2), ("unet", 2))
+    for key in (f"images={2 * batch_size}", f"batch_size={batch_size}", "warmup_images=0")
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    parts = artifact.load(str(folder / "teacher"))
+    return {
+        **parts.unet.state_dict(),
+        **parts.text.state_dict(),
+        **{f"vae.{k}": v for k, v in parts.vae.state_dict().items()},
+    }
+
+
+def test_shapes_resumed_after_every_stage_equal_an_unbroken_run(tmp_path: pathlib.Path) -> None:
+    command = ["--config", "shapes", "scenes=64", *SHORT]
+    teacher.main([*command, "--out", str(tmp_path / "whole")])
+    for stages in ("[contrastive]", "[contrastive,vae]", "[contrastive,vae,decoder]", "[contrastive,vae,decoder,unet]"):
+        teacher.main([*command, f"stages={stages}", "--out", str(tmp_path / "parts")])
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    sampler = pipeline.load_teacher(str(tmp_path / "whole" / "teacher"))
+    assert sampler(["a red circle"], [0], steps=2).shape == (1, 3, 64, 64)
+    network = pipeline.load_feature_network(str(tmp_path / "whole" / "encoder"))
+    assert network(torch.zeros(1, 3, 64, 64)).vector.shape == (1, network.vector_dim)
+
+
+def test_a_folder_of_pictures_with_words_of_its_own(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    captions = ["eine Katze auf dem Dach", "日本の山", "a zebra", "un chat noir", "ein Boot", "a zebra on a boat"]
+    for index in range(len(captions)):
+        PIL.Image.fromarray(rng.integers(0, 256, (90, 70 + index, 3), np.uint8)).save(folder / f"{index}.png")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": text}) for i, text in enumerate(captions)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    teacher.main(["--data", str(folder), "--out", str(tmp_path / "run"), *SHORT])
+    loaded = artifact.load(str(tmp_path / "run" / "teacher"))
+    first, _ = loaded.text.tokenizers
+    assert first.tokenize("Katze zebra") == ["katze</w>", "zebra</w>"]
+
+
+def test_latents_are_normalised_without_changing_pictures(tmp_path: pathlib.Path) -> None:
+    build = teacher.Build(
+        teacher.configs.load(teacher.TeacherConfig, "shapes", ["scenes=64", *SHORT]),
+        tmp_path,
+        teacher.data.ShapesImages(64, 0),
+    )
+    images = teacher.data.to_tensor(build.images.images_uint8(range(32)))
+    with torch.no_grad():
+        before = build.vae.decode(build.vae.encode(images).latent_dist.mean).sample
+        build._normalise_latents()
+        posterior = build.vae.encode(images).latent_dist
+        after = build.vae.decode(posterior.mean).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.ones(12), atol=0.4)
+
+
+def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "run"
+    for more, said in (
+        (["--data", str(tmp_path / "nowhere")], "no folder"),
+        (["unet.lr=1"], "unknown config key 'unet.lr'"),
+    ):
+        command = [sys.executable, "-m", "training.teacher", "--out", str(out), *more]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2 and said in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert not out.exists()
