@@ -88,6 +88,7 @@ def test_the_teacher_is_what_plain_diffusers_samples(tmp_path: pathlib.Path, pre
 
 _PLAIN = """
 import json, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "BeforeTorchvision"]
 sys.modules["diffusion_kd"] = None  # importing it is an error
 import torch
 library = torch.library.Library("torchvision", "FRAGMENT")

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
@@ -61,14 +60,6 @@ def pictures(tmp_path: pathlib.Path) -> pathlib.Path:
 def arguments(models: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
     encoder = f"feature_network={models / 'encoder'}"
     return ["--teacher", str(models / "teacher"), "--out", str(out), *more, *SHORT, encoder]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_a_folder_of_pictures_makes_a_student(

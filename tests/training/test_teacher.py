@@ -4,11 +4,9 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import PIL.Image
-import pytest
 import torch
 
 from diffusion_kd import artifact, pipeline
@@ -19,14 +17,6 @@ SHORT = [
     for stage, batch_size in (("contrastive", 4), ("vae", 2), ("decoder", 2), ("unet", 2))
     for key in (f"images={2 * batch_size}", f"batch_size={batch_size}", "warmup_images=0")
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(folder: pathlib.Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,122 @@
+"""What each part of the recipe does, on shapes: `python -m benchmarks.ablation --out runs/ablation`.
+
+Every variant sees the same number of images, from the same teacher, with two seeds. A run that is finished is not run
+again, so the table can be grown over several sittings. Prints a Markdown table; each cell is the mean over seeds and,
+behind ±, half their difference.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+
+from diffusion_kd import errors, pipeline
+from eval import compare, protocols
+from eval import run as evaluation
+from training import config as configs
+from training import data, distill
+
+_log = logging.getLogger(__name__)
+
+VARIANTS: dict[str, list[str]] = {
+    "ADD": [],
+    "adversarial term only": ["objective.distillation_weight=0"],
+    "distillation term only": ["objective.adversarial_weight=0"],
+    "without R1": ["objective.r1_weight=0"],
+    "without text condition": ["objective.text_condition=false"],
+    "without image condition": ["objective.image_condition=false"],
+    "without either condition": ["objective.text_condition=false", "objective.image_condition=false"],
+    "sds weighting": ["objective.weighting=sds"],
+    "nfsd weighting": ["objective.weighting=nfsd"],
+    "latent distance": ["objective.distance_space=latent"],
+    "+ terminal bias": ["objective.terminal_probability=0.5"],
+    "+ latent heads": ["objective.latent_weight=1"],
+    "+ mismatched captions": ["objective.mismatch_weight=0.5"],
+    "+ finite differences": ["objective.finite_difference_weight=1"],
+}
+STEPS = (1, 4)
+MEASURES = ("prompt_accuracy", "frechet_distance", "clip_score", "diversity_ratio")
+
+
+def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathlib.Path:
+    """Distil one variant, or find it done."""
+    folder = out / f"{variant.replace(' ', '-')}-{seed}"
+    if not (folder / "student").is_dir():
+        overrides = [f"training.images={images}", f"seed={seed}", *VARIANTS[variant]]
+        config = configs.load(distill.DistillConfig, "shapes_add", overrides)
+        # The scenes stay those of seed 0: the seed decides the batches, the noise and the heads.
+        pictures = data.ShapesImages(config.scenes, 0)
+        distill.Distillation(config, "shapes-teacher", pictures, folder).run()
+    return folder / "student"
+
+
+def measure(
+    exam: compare.Exam, teacher: compare.Work, student: pathlib.Path, results: pathlib.Path
+) -> dict[str, dict[str, float]]:
+    """Measures of one student by step count, kept beside it."""
+    if not results.is_file():
+        sampler = pipeline.load_student(str(student))
+        rows = {}
+        for steps in STEPS:
+            work = exam.sit(compare.Entrant(compare.STUDENT, sampler, steps, evaluation.STUDENT_GUIDANCE))
+            row = dataclasses.asdict(exam.mark(work, teacher))
+            rows[str(steps)] = {name: row[name] for name in MEASURES}
+        results.write_text(json.dumps(rows, indent=2) + "\n")
+    loaded: dict[str, dict[str, float]] = json.loads(results.read_text())
+    return loaded
+
+
+def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+    """Markdown: a line for each variant, a column for each measure and step count."""
+    columns = [(steps, name) for steps in map(str, STEPS) for name in MEASURES]
+    lines = [
+        "| variant | " + " | ".join(f"{name.replace('_', ' ')}, {steps}" for steps, name in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for variant, seeds in results.items():
+        cells = []
+        for steps, name in columns:
+            values = [seed[steps][name] for seed in seeds]
+            middle, spread = sum(values) / len(values), (max(values) - min(values)) / 2
+            cells.append(f"{middle:.3g} ± {spread:.2g}")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablation"))
+    parser.add_argument("--images", type=int, default=8000, help="training examples of each run")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="of the teacher that students are held against"
+    )
+    parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; all if none is named")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    unknown = [variant for variant in given.variants if variant not in VARIANTS]
+    if unknown:
+        raise errors.ConfigError(f"no variant {unknown[0]!r}; variants are {', '.join(VARIANTS)}")
+    exam = compare.Exam(
+        protocols.ShapesProtocol(prompts=given.prompts), pipeline.load_feature_network("shapes-encoder")
+    )
+    sampler = pipeline.load_teacher("shapes-teacher")
+    teacher = exam.sit(compare.Entrant(compare.TEACHER, sampler, evaluation.TEACHER_STEPS, given.guidance_scale))
+    results = {}
+    for variant in given.variants or VARIANTS:
+        results[variant] = []
+        for seed in range(given.seeds):
+            student = student_of(variant, seed, given.images, given.out)
+            results[variant].append(measure(exam, teacher, student, student.parent / "measures.json"))
+        sys.stdout.write(table(results) + "\n\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except errors.DiffusionKDError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
