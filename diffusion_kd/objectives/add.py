@@ -5,8 +5,8 @@ A step has two phases on one batch:
     student:        x_s -> student_x0 -> images;  loss = adversarial + distillation_weight * distillation
     discriminator:  hinge on the real images and on the student's, detached;  + R1 on the real features
 
-The student's pictures are decoded once: the adversarial term, the distillation term in pixel space and, detached, the
-discriminator share them, so that no two decoder graphs are alive together.
+The student's pictures are decoded once and looked at once: the adversarial term, the distillation term in pixel space
+and, detached, the discriminator share them, so that no two decoder graphs are alive together.
 
 Where the paper is silent or we deviate:
 
@@ -100,12 +100,20 @@ def _require(condition: bool, key: str, given: object, wanted: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the pixel heads look at: features of the real images, and of the student's."""
+
+    real: features.Features
+    fake_maps: tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Fakes:
-    """What the student made of a batch, detached, for the discriminator's phase. images: None if nothing decodes."""
+    """What the student's turn leaves, detached, for the discriminator's. seen: None without pixel heads."""
 
     x0: Tensor
-    images: Tensor | None
     at_end: Tensor  # (B,) bool: made from pure noise
+    seen: _Seen | None
 
 
 class ADD:
@@ -165,7 +173,7 @@ class ADD:
         """What the pixel heads are told: pooled text and the real image's embedding, as configured."""
         told = [cond.pooled.float()] if self.config.text_condition else []
         if self.config.image_condition:
-            told.append(torch.where(at_end[:, None], 0.0, image_vectors.float()))
+            told.append(torch.where(at_end[:, None], 0.0, image_vectors))
         return told
 
     def judge_latents(self, x0: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
@@ -208,26 +216,34 @@ class StudentPhase(Phase):
         student_x0 = self.student(x_s, timesteps, batch.cond)
         in_pixels = bool(config.distillation_weight) and config.distance_space == "pixel"
         images = objective.decode(student_x0) if config.adversarial_weight or in_pixels else None
-        objective.fakes = _Fakes(student_x0.detach(), None if images is None else images.detach(), at_end)
-        losses = self._adversarial(batch, student_x0, images, at_end, generator)
+        seen = self._look(batch, images) if config.adversarial_weight else None
+        losses = self._adversarial(batch, student_x0, seen, at_end, generator)
         if config.distillation_weight:
             loss = self._distillation(batch, student_x0, images if in_pixels else None, generator)
             losses["distillation"] = config.distillation_weight * loss
+        if seen is not None:
+            seen = _Seen(seen.real, tuple(layer.detach() for layer in seen.fake_maps))
+        objective.fakes = _Fakes(student_x0.detach(), at_end, seen)
         return losses
 
+    def _look(self, batch: Batch, images: Tensor | None) -> _Seen:
+        (objective,) = self._objective
+        assert images is not None, "pixel heads need decoded images"
+        with torch.no_grad():
+            real = objective.feature_network(batch.images)
+        real = features.Features(_float(real.maps), real.vector.float())
+        return _Seen(real, _float(objective.feature_network(images).maps))
+
     def _adversarial(
-        self, batch: Batch, student_x0: Tensor, images: Tensor | None, at_end: Tensor, generator: torch.Generator
+        self, batch: Batch, student_x0: Tensor, seen: _Seen | None, at_end: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         (objective,) = self._objective
         config, losses = objective.config, {}
         objective.heads.requires_grad_(False)
         try:
-            if config.adversarial_weight:
-                assert images is not None, "pixel heads need decoded images"
-                with torch.no_grad():
-                    real = objective.feature_network(batch.images).vector
-                maps = _float(objective.feature_network(images).maps)
-                logits = objective.heads["pixel"](maps, objective.conditions(batch.cond, real, at_end))
+            if seen is not None:
+                told = objective.conditions(batch.cond, seen.real.vector, at_end)
+                logits = objective.heads["pixel"](seen.fake_maps, told)
                 losses["adversarial"] = config.adversarial_weight * adversarial.generator_loss(logits)
             if config.latent_weight:
                 logits = objective.judge_latents(student_x0, batch, generator)
@@ -286,8 +302,8 @@ class DiscriminatorPhase(Phase):
         assert objective.fakes is not None, "the student's phase must run first"
         fakes, objective.fakes = objective.fakes, None
         losses: dict[str, Tensor] = {}
-        if objective.config.adversarial_weight:
-            losses |= self._pixel(batch, fakes)
+        if fakes.seen is not None:
+            losses |= self._pixel(batch, fakes.seen, fakes.at_end)
         if objective.config.latent_weight:
             generator = _generator(batch, 1)
             real = objective.judge_latents(batch.latents, batch, generator)
@@ -295,16 +311,13 @@ class DiscriminatorPhase(Phase):
             losses["hinge_latent"] = adversarial.hinge_discriminator_loss(real, fake)
         return losses
 
-    def _pixel(self, batch: Batch, fakes: _Fakes) -> dict[str, Tensor]:
+    def _pixel(self, batch: Batch, seen: _Seen, at_end: Tensor) -> dict[str, Tensor]:
         (objective,) = self._objective
         config, heads = objective.config, self.heads["pixel"]
-        assert fakes.images is not None, "pixel heads need decoded images"
-        with torch.no_grad():
-            real, fake = objective.feature_network(batch.images), objective.feature_network(fakes.images)
         lazily = config.r1_weight > 0 and batch.step % config.r1_interval == 0
-        real_maps = tuple(layer.requires_grad_(lazily) for layer in _float(real.maps))
-        fake_maps = _float(fake.maps)
-        told = objective.conditions(batch.cond, real.vector, fakes.at_end)
+        real_maps = tuple(layer.requires_grad_(lazily) for layer in seen.real.maps)
+        fake_maps = seen.fake_maps
+        told = objective.conditions(batch.cond, seen.real.vector, at_end)
         real_logits, fake_logits = heads(real_maps, told), heads(fake_maps, told)
         losses = {"hinge": adversarial.hinge_discriminator_loss(real_logits, fake_logits)}
         if lazily:
