@@ -76,3 +76,11 @@ def test_a_saved_config_loads_to_itself(tmp_path: pathlib.Path) -> None:
     assert dataclasses.asdict(config.load(distill.DistillConfig, str(tmp_path / "config.yaml"))) == dataclasses.asdict(
         original
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("prediction_type=sample", "epsilon or v_prediction"), ("stages=[unett]", "unett")]
+)
+def test_bad_teachers_are_named(override: str, message: str) -> None:
+    with pytest.raises(errors.ConfigError, match=message):
+        config.load(teacher.TeacherConfig, "shapes", [override])
