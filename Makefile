@@ -14,6 +14,7 @@ LAUNCH = $(BIN)/python -m accelerate.commands.launch --quiet --num_machines 1 --
 STUDENT ?= $(or $(wildcard runs/distill/student),shapes-student)
 # For `make lock`: torch stays at this version, and with it torchvision.
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
+WEIGHTS := diffusion_kd/shapes/weights
 EXTRAS := train,eval,serve,app,dev
 
 SHELL := /bin/bash
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher distill evaluate test check format lock clean
+.PHONY: help install demo teacher distill evaluate test check format lock ship clean
 
 help: ## list the targets
 	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -38,7 +39,7 @@ teacher: $(INSTALLED) ## train the small reference teacher on shapes
 	$(LAUNCH) -m training.teacher --config shapes --out runs/teacher $(ARGS)
 
 distill: $(INSTALLED) ## distil the reference teacher by adversarial diffusion distillation
-	$(LAUNCH) -m training.distill --config shapes_add --out runs/distill $(ARGS)
+	$(LAUNCH) -m training.distill --config shapes_add_plus --out runs/distill $(ARGS)
 
 evaluate: $(INSTALLED) ## judge the student against its teacher
 	$(BIN)/python -m eval.run --student $(STUDENT) --out runs/eval $(ARGS)
@@ -66,6 +67,17 @@ lock: ## resolve the newest versions of everything but torch and write requireme
 	"$$folder/venv/bin/pip" freeze --exclude diffusion-kd \
 	    | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' >> "$$folder/lock"; \
 	cp "$$folder/lock" requirements.lock
+
+# A student's text encoders and autoencoder are its teacher's: links keep the repository small.
+ship: ## copy the trained models of runs/ into the package
+	test -d runs/teacher/teacher && test -d runs/distill/student || { echo "error: run make teacher and make distill first" >&2; exit 2; }
+	rm -rf $(WEIGHTS)/shapes-*
+	cp -r runs/teacher/teacher $(WEIGHTS)/shapes-teacher
+	cp -r runs/teacher/encoder $(WEIGHTS)/shapes-encoder
+	cp -r runs/distill/student $(WEIGHTS)/shapes-student
+	for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
+	    rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
+	done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

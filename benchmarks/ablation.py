@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="of the teacher that students are held against"
+        "--guidance-scale", type=float, default=2.0, help="of the teacher that students are held against"
     )
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; all if none is named")
     given = parser.parse_args()

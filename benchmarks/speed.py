@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default="shapes-teacher")
     parser.add_argument("--student", default="shapes-student")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     sys.stdout.write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {given.rounds} rounds\n")

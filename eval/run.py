@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--prompts", type=int, default=1024, help="how many; a quarter asks for held-out pairs")
     parser.add_argument("--seed", type=int, default=protocols.ShapesProtocol().seed, help="of prompts and pictures")
     parser.add_argument("--steps", default="1,2,4", help="the students' step counts")
-    parser.add_argument("--guidance-scale", type=float, default=5.0, help="the teacher's; above 1")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the teacher's; above 1")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/eval"), help="the report's folder")

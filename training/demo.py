@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 < given.minutes <= 60 * 24:
         raise errors.ConfigError(f"--minutes must be above 0 and at most a day, not {given.minutes:g}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = configs.load(distill.DistillConfig, "shapes_demo", [f"training.time_limit_s={given.minutes * 60}"])
+    short = [f"training.time_limit_s={given.minutes * 60}", "training.ema_decay=0.98"]
+    config = configs.load(distill.DistillConfig, "shapes_add_plus", short)
     images = data.ShapesImages(config.scenes, config.seed)
     _log.info("distilling shapes-teacher for %g minutes", given.minutes)
     student = distill.Distillation(config, "shapes-teacher", images, given.out).run()

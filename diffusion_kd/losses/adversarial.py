@@ -35,13 +35,13 @@ def generator_loss(fake: Sequence[Tensor]) -> Tensor:
 
 
 def r1_penalty(logits: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-    """Squared gradient norm of each head's mean judgement with respect to its own input features of real images.
+    """Squared gradient norm of each head's judgements, summed, with respect to its own input features of real images.
 
     features: what the heads saw, (B, C_k, ...) each, with gradient required before the heads ran.
     Summed over heads and feature elements, averaged over the batch. Not with respect to pixels, nor to the heads'
     weights. Source: Sauer et al. 2023 (ADD), section 3.2, after Mescheder et al. 2018.
     """
-    total = torch.stack([head.flatten(1).mean(1).sum() for head in logits]).sum()
+    total = torch.stack([head.sum() for head in logits]).sum()
     gradients = torch.autograd.grad(total, list(features), create_graph=True)
     return torch.stack([gradient.flatten(1).square().sum(1).mean() for gradient in gradients]).sum()
 

@@ -45,11 +45,11 @@ class Head(nn.Module):
         """features: (B, C, h, w); condition: (B, condition_dim). Returns logits (B, h * w), unbounded."""
         tokens = self.first(features.flatten(2))
         tokens = (tokens + self.second(tokens)) / math.sqrt(2)
-        judged: Tensor = self.judge(tokens)
+        judged: Tensor = self.judge(tokens).float()
         if self.project is None:
             return judged[:, 0]
         assert condition is not None, "a conditioned head was given no condition"
-        projected: Tensor = self.project(condition)
+        projected: Tensor = self.project(condition).float()
         return (judged * projected[..., None]).sum(1) / math.sqrt(_PROJECTION)
 
 

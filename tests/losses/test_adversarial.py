@@ -47,3 +47,10 @@ def test_finite_differences() -> None:
     still, shaken = [torch.tensor([[1.0, 1.0]])], [torch.tensor([[1.0, 3.0]])]
     assert adversarial.finite_difference_penalty(still, still).item() == 0
     assert adversarial.finite_difference_penalty(still, shaken).item() == pytest.approx(2.0)
+
+
+def test_r1_sums_over_the_tokens_of_a_head() -> None:
+    """A head that judges each of N tokens by w . f has the gradient w at every token."""
+    weight = torch.tensor([1.0, 2.0])
+    features = torch.randn(3, 7, 2, requires_grad=True)
+    assert adversarial.r1_penalty([features @ weight], [features]).item() == pytest.approx(7 * 5.0, rel=1e-5)
