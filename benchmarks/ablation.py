@@ -29,7 +29,7 @@ VARIANTS: dict[str, list[str]] = {
     "without image condition": ["objective.image_condition=false"],
     "without either condition": ["objective.text_condition=false", "objective.image_condition=false"],
     "sds weighting": ["objective.weighting=sds"],
-    "nfsd weighting": ["objective.weighting=nfsd"],
+    "nfsd weighting": ["objective.weighting=nfsd", "negative_prompt=a blurry mess"],
     "latent distance": ["objective.distance_space=latent"],
     "+ terminal bias": ["objective.terminal_probability=0.5"],
     "+ latent heads": ["objective.latent_weight=1"],

@@ -7,16 +7,19 @@ estimate through fresh noise at the trained timesteps, so `num_inference_steps=N
 is right. `distillation.json` carries what inference must not get wrong, and where the student came from.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers
 import huggingface_hub
+import safetensors
 import torch
 import transformers
 from torch import nn
@@ -33,6 +36,8 @@ SHIPPED = {
     for name in ("shapes-teacher", "shapes-student", "shapes-encoder")
 }
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_PARTS_WEIGHTS = tuple(f"{part}/*.safetensors" for part in _PARTS)
+_OTHER_VARIANTS = ("*fp16*", "*onnx*", "*openvino*")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,9 +86,17 @@ class Distillation:
     guidance_scale: float = 0.0
 
 
-def resolve(name_or_path: str) -> pathlib.Path:
-    """The local folder of a shipped name, a folder, or a hub id (downloaded). Raises ModelError."""
+def resolve(name_or_path: str, weights: Sequence[str] = _PARTS_WEIGHTS) -> pathlib.Path:
+    """The local folder of a shipped name, a folder, or a hub id (downloaded). Raises ModelError.
+
+    weights: patterns of the files that are downloaded beside .json and .txt; a pipeline's parts, if not given.
+    """
     if name_or_path in SHIPPED:
+        if not SHIPPED[name_or_path].is_dir():
+            raise errors.ModelError(
+                f"the weights of {name_or_path} are not in this installation ({SHIPPED[name_or_path]}); "
+                "install from the repository, or give a folder or a hub id"
+            )
         return SHIPPED[name_or_path]
     path = pathlib.Path(name_or_path)
     if path.exists():
@@ -94,18 +107,23 @@ def resolve(name_or_path: str) -> pathlib.Path:
             f"no model {name_or_path!r}: not a folder, not a hub id (owner/name), not one of {shipped}"
         )
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name_or_path))
+        wanted = ["*.json", "*.txt", *weights]
+        downloaded = huggingface_hub.snapshot_download(
+            name_or_path, allow_patterns=wanted, ignore_patterns=list(_OTHER_VARIANTS)
+        )
+        return pathlib.Path(downloaded)
     except Exception as error:  # noqa: BLE001 - the hub's client raises errors of several libraries
         raise errors.ModelError(
             f"no model {name_or_path!r}: not a folder, not one of {shipped}, and the hub did not give it: "
-            f"{str(error).splitlines()[0]}"
+            f"{errors.first_line(error)}"
         ) from None
 
 
 def load(name_or_path: str) -> Parts:
     """Load an SDXL-layout pipeline folder in float32, each part checked.
 
-    Raises ModelError for a missing part, an unsupported prediction type, or weights that are not finite.
+    Raises ModelError for a missing part, an unsupported prediction type, a U-Net that is not SDXL's or does not fit the
+    autoencoder, or weights that are missing or not finite.
     """
     folder = resolve(name_or_path)
     for part in _PARTS:
@@ -114,27 +132,55 @@ def load(name_or_path: str) -> Parts:
     try:
         with _progress.hidden():
             parts = _load_parts(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise errors.ModelError(f"{name_or_path} cannot be loaded: {str(error).splitlines()[0]}") from None
-    types.prediction_type(parts.scheduler.config.prediction_type)
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise errors.ModelError(f"{name_or_path} cannot be loaded: {errors.first_line(error)}") from None
+    _check_kind(name_or_path, parts)
     for name, module in (("unet", parts.unet), ("vae", parts.vae), ("text encoders", parts.text)):
-        _check_finite(f"{name_or_path}, {name}", module)
+        if weight := _not_finite(module):
+            raise errors.ModelError(
+                f"{name_or_path}, {name}: {weight} holds NaN or infinite values; the file is damaged"
+            )
         module.eval().requires_grad_(False)
     return parts
 
 
+def _check_kind(name: str, parts: Parts) -> None:
+    kind = parts.scheduler.config.get("prediction_type")
+    if kind is None:
+        scheduler = type(parts.scheduler).__name__
+        raise errors.ModelError(f"{name}: its {scheduler} has no prediction_type; give a model with SDXL's schedulers")
+    types.prediction_type(kind)
+    seen, made = parts.unet.config.in_channels, parts.vae.config.latent_channels
+    if seen != made:
+        raise errors.ModelError(
+            f"{name}: the U-Net takes {seen} channels and the autoencoder makes {made}; give a text-to-image model"
+        )
+    if (addition := parts.unet.config.get("addition_embed_type")) != "text_time":
+        raise errors.ModelError(
+            f"{name}: the U-Net's addition_embed_type is {addition!r}; an SDXL U-Net has 'text_time'"
+        )
+
+
 def _load_parts(folder: pathlib.Path) -> Parts:
     return Parts(
-        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+        unet=_load_whole(diffusers.UNet2DConditionModel, folder / "unet", torch_dtype=torch.float32),
+        vae=_load_whole(diffusers.AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
         text=PromptEncoder(
             transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-            transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-            transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
+            _load_whole(transformers.CLIPTextModel, folder / "text_encoder", dtype=torch.float32),
+            _load_whole(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=torch.float32),
         ),
         scheduler=_load_scheduler(folder),
     )
+
+
+def _load_whole(kind: Any, folder: pathlib.Path, **options: torch.dtype) -> Any:
+    """`from_pretrained`, but a weight that the file lacks is an error and not a random number."""
+    module, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder.name} lacks {len(missing)} weights, {missing[0]} among them")
+    return module
 
 
 def _load_scheduler(folder: pathlib.Path) -> diffusers.SchedulerMixin:
@@ -145,10 +191,12 @@ def _load_scheduler(folder: pathlib.Path) -> diffusers.SchedulerMixin:
     return kind.from_config(config)
 
 
-def _check_finite(name: str, module: nn.Module) -> None:
-    for weight_name, weight in module.state_dict().items():
+def _not_finite(module: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinite values."""
+    for name, weight in module.state_dict().items():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            raise errors.ModelError(f"{name}: {weight_name} holds NaN or infinite values; the file is damaged")
+            return name
+    return None
 
 
 def read_distillation(name_or_path: str) -> Distillation:
@@ -199,7 +247,7 @@ def save_pipeline(
 ) -> None:
     """Write an SDXL-layout pipeline folder, safetensors in `dtype`. A failure leaves what stood there untouched.
 
-    extra: further files, name -> text.
+    extra: further files, name -> text. Raises ModelError for weights that are not finite in `dtype`.
     """
     first, second = parts.text.tokenizers
     modules = {
@@ -208,23 +256,63 @@ def save_pipeline(
         "text_encoder_2": parts.text.text_encoder_2,
         "unet": parts.unet,
     }
-    # nn.Module's own `to`: diffusers' warns of an empty list of modules that it would rather not convert.
-    halves = {name: nn.Module.to(copy.deepcopy(module), dtype=dtype) for name, module in modules.items()}
+    halves = {name: _copy_to_cpu(module, dtype) for name, module in modules.items()}
+    for name, module in halves.items():
+        if weight := _not_finite(module):
+            raise errors.ModelError(
+                f"{name} cannot be written: {weight} holds NaN or infinite values in {dtype}; lower the learning rate"
+            )
     pipeline = diffusers.StableDiffusionXLPipeline(
         **halves, tokenizer=first, tokenizer_2=second, scheduler=parts.scheduler, add_watermarker=False
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        unfinished = pathlib.Path(temporary) / folder.name
+    with written_whole(folder) as unfinished:
         with _progress.hidden():
             pipeline.save_pretrained(unfinished)
+        for part, tokenizer in (("tokenizer", first), ("tokenizer_2", second)):
+            # CLIP's own files too, for libraries that read those alone (transformers 4).
+            tokenizer.backend_tokenizer.model.save(str(unfinished / part))
         for part in ("text_encoder", "text_encoder_2"):
             _declare_float32(unfinished / part / "config.json")
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        if folder.exists():
-            shutil.move(folder, pathlib.Path(temporary) / "previous")
-        shutil.move(unfinished, folder)
+
+
+def _copy_to_cpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in `dtype`, made weight by weight: an accelerator never holds a second model."""
+    weights: dict[int, Any] = {}
+    for parameter in module.parameters():
+        weight = parameter.detach().to("cpu", dtype, copy=True)
+        weights[id(parameter)] = nn.Parameter(weight, requires_grad=False)
+    # nn.Module's own `to`: diffusers' warns of an empty list of modules that it would rather not convert.
+    return nn.Module.to(copy.deepcopy(module, weights), "cpu", dtype)
+
+
+@contextlib.contextmanager
+def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        unfinished = pathlib.Path(temporary) / folder.name
+        yield unfinished
+        for weights in unfinished.rglob("*.safetensors"):
+            weights.chmod(0o644)
+        _put(unfinished, folder)
+
+
+def _put(new: pathlib.Path, folder: pathlib.Path) -> None:
+    """Rename `new` to `folder`. The old one stays, under a hidden name, until the new one stands."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old.")) / folder.name
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        old.parent.rmdir()
+        raise
+    shutil.rmtree(old.parent)
 
 
 def _declare_float32(path: pathlib.Path) -> None:
@@ -242,9 +330,8 @@ def export_student(folder: pathlib.Path, *, parts: Parts, distillation: Distilla
     parts: the student's U-Net beside its teacher's other parts, with the scheduler of `student_scheduler`.
     Raises ArtifactError if the student's weights are not finite.
     """
-    try:
-        _check_finite("the student", parts.unet)
-    except errors.ModelError as error:
-        raise errors.ArtifactError(str(error)) from None
     content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(distillation)}
-    save_pipeline(folder, parts=parts, extra={DISTILLATION_FILE: json.dumps(content, indent=2) + "\n"})
+    try:
+        save_pipeline(folder, parts=parts, extra={DISTILLATION_FILE: json.dumps(content, indent=2) + "\n"})
+    except errors.ModelError as error:
+        raise errors.ArtifactError(f"the student's {error}") from None

@@ -5,6 +5,7 @@ DiffusionKDError
 ├── DataError              images, captions or prompts that cannot be used
 ├── ModelError             a model folder or its weights cannot be used
 │   └── ArtifactError      an exported student cannot be written or read
+├── TrainingError          a training that cannot go on
 └── UnknownShapeError      a word outside the shapes domain
 
 Messages say what was wrong, what was given and what would do. Command lines print the message alone and
@@ -32,5 +33,14 @@ class ArtifactError(ModelError):
     """An exported student cannot be written or read."""
 
 
+class TrainingError(DiffusionKDError):
+    """A training that cannot go on."""
+
+
 class UnknownShapeError(DiffusionKDError):
     """A word outside the shapes domain."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, to quote in one of ours; its class if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,6 +4,7 @@ An image depends on its own prompt and seed alone, whatever shares its batch: ea
 CPU, so a seed means the same on every device. What serving, evaluation and the playground call.
 """
 
+import inspect
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from diffusion_kd import artifact, errors
 from diffusion_kd.networks import features
 from diffusion_kd.schedule import student_timesteps
 from diffusion_kd.types import Conditioning
+
+_CLIP_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
 class _Pipeline:
@@ -34,10 +37,16 @@ class _Pipeline:
         self.parts.to(device)
         return self
 
+    def _now_s(self) -> float:
+        """The clock, once the device has done what it was told: CUDA works on while Python goes ahead."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        since = time.perf_counter()
+        since = self._now_s()
         cond = self.parts.text.encode(prompts, (self.size_px, self.size_px))
-        self.stage_s["text"] += time.perf_counter() - since
+        self.stage_s["text"] += self._now_s() - since
         return cond
 
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -46,11 +55,11 @@ class _Pipeline:
         return torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        since = time.perf_counter()
+        since = self._now_s()
         vae = self.parts.vae
         images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         images = images.float().clamp(-1, 1).cpu()
-        self.stage_s["decode"] += time.perf_counter() - since
+        self.stage_s["decode"] += self._now_s() - since
         return images  # type: ignore[no-any-return]
 
 
@@ -86,7 +95,7 @@ class FewStepPipeline(_Pipeline):
             raise errors.ConfigError(f"a student takes no guidance: guidance_scale must be 0, not {guidance_scale}")
         generators = _generators(prompts, seeds)
         cond = self._encode(prompts)
-        since = time.perf_counter()
+        since = self._now_s()
         x0: Tensor | None = None
         for timestep in self.timesteps[steps]:
             now = torch.full((len(prompts),), timestep, device=self.device)
@@ -94,7 +103,7 @@ class FewStepPipeline(_Pipeline):
             x_t = noise if x0 is None else self.denoiser.schedule.add_noise(x0, noise, now)
             x0 = self.denoiser(x_t, now, cond)
         assert x0 is not None, "every step count has timesteps"
-        self.stage_s["denoise"] += time.perf_counter() - since
+        self.stage_s["denoise"] += self._now_s() - since
         return self._decode(x0)
 
 
@@ -118,22 +127,24 @@ class TeacherPipeline(_Pipeline):
         if guided:
             cond = Conditioning.concatenate([no_prompt(cond), cond])
         scheduler.set_timesteps(steps, device=self.device)
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
         x_t = self._noise(generators) * scheduler.init_noise_sigma
-        since = time.perf_counter()
+        since = self._now_s()
         for timestep in scheduler.timesteps:
             doubled = scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, timestep)
             prediction = self.parts.unet(
-                doubled,
+                doubled.to(self.parts.unet.dtype),
                 timestep,
                 cond.prompt_embeds,
                 added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids},
                 return_dict=False,
-            )[0]
+            )[0].float()
             if guided:
                 without, with_text = prediction.chunk(2)
                 prediction = without + guidance_scale * (with_text - without)
-            x_t = scheduler.step(prediction, timestep, x_t, generator=generators, return_dict=False)[0]
-        self.stage_s["denoise"] += time.perf_counter() - since
+            x_t = scheduler.step(prediction, timestep, x_t, return_dict=False, **options)[0]
+        self.stage_s["denoise"] += self._now_s() - since
         return self._decode(x_t)
 
 
@@ -148,10 +159,20 @@ def load_teacher(name_or_path: str) -> TeacherPipeline:
 
 
 def load_student(name_or_path: str) -> FewStepPipeline:
-    """A student from its exported folder, a hub id or `shapes-student`. Raises ModelError."""
+    """A student from its exported folder, a hub id or `shapes-student`. Raises ModelError.
+
+    So it does if `distillation.json` and the scheduler disagree on what the U-Net predicts.
+    """
     distillation = artifact.read_distillation(name_or_path)
     timesteps = {int(steps): timesteps for steps, timesteps in distillation.student_timesteps.items()}
-    return FewStepPipeline(artifact.load(name_or_path), timesteps)
+    parts = artifact.load(name_or_path)
+    said, found = distillation.prediction_type, parts.scheduler.config.prediction_type
+    if said != found:
+        raise errors.ModelError(
+            f"{name_or_path}: {artifact.DISTILLATION_FILE} says prediction type {said!r} and the scheduler {found!r}; "
+            "export the student anew"
+        )
+    return FewStepPipeline(parts, timesteps)
 
 
 def trained_timesteps(most_steps: int) -> dict[str, list[int]]:
@@ -169,4 +190,4 @@ def trained_timesteps(most_steps: int) -> dict[str, list[int]]:
 
 def load_feature_network(name_or_path: str) -> features.TextImageNetwork:
     """A CLIP model as text and image feature network: a transformers CLIP folder, a hub id or `shapes-encoder`."""
-    return features.load_clip(artifact.resolve(name_or_path), name_or_path)
+    return features.load_clip(artifact.resolve(name_or_path, _CLIP_WEIGHTS), name_or_path)

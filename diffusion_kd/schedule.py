@@ -116,9 +116,10 @@ def student_timesteps(steps: int, length: int = 1000) -> tuple[int, ...]:
     """The timesteps a student is trained at, ascending; the last is pure noise: 4 -> (249, 499, 749, 999).
 
     They are diffusers' `timestep_spacing="trailing"`, so training and sampling meet. (`linspace(0, 999, 4)`, seen
-    elsewhere, spends a quarter of the work on t = 0 and misses the others.)
-    Raises ConfigError unless 1 <= steps <= 4.
+    elsewhere, spends a quarter of the work on t = 0 and misses the others.) LCM's scheduler, which samples an exported
+    student, counts in whole `length // steps`: three would end at 998, where nothing is pure noise.
+    Raises ConfigError unless steps is 1, 2 or 4.
     """
-    if not 1 <= steps <= 4:
-        raise errors.ConfigError(f"a student takes 1 to 4 steps, not {steps}")
+    if steps not in (1, 2, 4):
+        raise errors.ConfigError(f"student_steps must be 1, 2 or 4, not {steps}")
     return tuple(length * index // steps - 1 for index in range(1, steps + 1))

@@ -4,6 +4,8 @@ import json
 import pathlib
 import shutil
 
+import diffusers
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -104,3 +106,110 @@ def test_a_failed_write_leaves_the_old_folder(folder: pathlib.Path, monkeypatch:
         artifact.save_pipeline(folder, parts=toys.tiny_parts())
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert [path.name for path in folder.parent.iterdir()] == ["teacher"]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_the_old_folder_survives_a_failed_rename(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    rename, calls = pathlib.Path.rename, []
+
+    def fail(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        calls.append(path)
+        if len(calls) == fails_at:
+            raise OSError("device busy")
+        return rename(path, target)
+
+    (folder / "mark").write_text("old")
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match="busy"):
+        artifact.save_pipeline(folder, parts=toys.tiny_parts())
+    monkeypatch.undo()
+    assert (folder / "mark").read_text() == "old"
+    assert artifact.load(str(folder)).size_px == toys.IMAGE_SIZE_PX
+    artifact.save_pipeline(folder, parts=toys.tiny_parts())
+    assert not (folder / "mark").exists()
+
+
+def test_files_are_for_everyone_and_for_transformers_4(folder: pathlib.Path) -> None:
+    weights = list(folder.rglob("*.safetensors"))
+    assert len(weights) == 4 and {path.stat().st_mode & 0o777 for path in weights} == {0o644}
+    for part in ("tokenizer", "tokenizer_2"):
+        assert (folder / part / "vocab.json").is_file() and (folder / part / "merges.txt").is_file()
+
+
+def test_weights_too_large_for_half_precision_are_not_written(tmp_path: pathlib.Path) -> None:
+    parts = toys.tiny_parts()
+    next(iter(parts.vae.parameters())).fill_(1e6)
+    with pytest.raises(errors.ModelError, match="vae cannot be written"):
+        artifact.save_pipeline(tmp_path / "teacher", parts=parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_missing_weights_are_named(folder: pathlib.Path, part: str) -> None:
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = safetensors.torch.load_file(path)
+    missing = sorted(weights)[0]
+    del weights[missing]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(errors.ModelError, match=f"{part} lacks 1 weights"):
+        artifact.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "error", [artifact.safetensors.SafetensorError("header too large"), OSError(), RuntimeError("\n")]
+)
+def test_every_library_error_is_a_sentence(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(folder: pathlib.Path) -> None:
+        raise error
+
+    monkeypatch.setattr(artifact, "_load_parts", fail)
+    with pytest.raises(errors.ModelError, match=r"cannot be loaded: \w+"):
+        artifact.load(str(folder))
+
+
+def test_a_scheduler_without_prediction_type_is_refused(folder: pathlib.Path) -> None:
+    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    with pytest.raises(errors.ModelError, match="FlowMatchEulerDiscreteScheduler has no prediction_type"):
+        artifact.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [("vae", "latent_channels", 9, "takes 4 channels"), ("unet", "addition_embed_type", "text", "SDXL U-Net")],
+)
+def test_a_unet_of_another_kind_is_refused(part: str, key: str, value: object, message: str) -> None:
+    parts = toys.tiny_parts()
+    getattr(parts, part).register_to_config(**{key: value})
+    with pytest.raises(errors.ModelError, match=message):
+        artifact._check_kind("toy", parts)
+
+
+def test_a_shipped_name_without_weights_says_so(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(artifact.SHIPPED, "shapes-teacher", tmp_path / "nowhere")
+    with pytest.raises(errors.ModelError, match="not in this installation"):
+        artifact.resolve("shapes-teacher")
+
+
+def test_a_download_takes_the_parts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["model_index.json", "sd_xl_base.safetensors", "vae_1_0/diffusion_pytorch_model.safetensors"]
+    files += ["unet/config.json", "tokenizer/merges.txt", "unet/model.onnx", "unet/diffusion_pytorch_model.bin"]
+    files += ["unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]
+    taken: list[str] = []
+
+    def download(name: str, **patterns: list[str]) -> str:
+        taken.extend(huggingface_hub.utils.filter_repo_objects(files, **patterns))
+        return "downloaded"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert artifact.resolve("owner/name") == pathlib.Path("downloaded")
+    wanted = {
+        "model_index.json",
+        "unet/config.json",
+        "tokenizer/merges.txt",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    assert set(taken) == wanted

@@ -119,3 +119,25 @@ def test_plain_diffusers_samples_the_export_without_this_project(tmp_path: pathl
     for index, steps in enumerate((1, 2, 3, 4)):
         ours = ((student(PROMPTS, SEEDS, steps=steps) + 1) / 2).permute(0, 2, 3, 1).numpy()
         assert np.abs(ours - theirs[index]).max() < 1e-3
+
+
+def test_a_student_whose_files_disagree_is_refused(tmp_path: pathlib.Path) -> None:
+    folder = export(tmp_path / "student", "v_prediction")
+    path = folder / artifact.DISTILLATION_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "epsilon"}))
+    with pytest.raises(errors.ModelError, match="says prediction type 'epsilon' and the scheduler 'v_prediction'"):
+        pipeline.load_student(str(folder))
+
+
+def test_a_scheduler_without_a_generator_samples_too() -> None:
+    parts = toys.tiny_parts("epsilon")
+    scheduler = diffusers.PNDMScheduler.from_config(parts.scheduler.config)
+    sampler = pipeline.TeacherPipeline(artifact.dataclasses.replace(parts, scheduler=scheduler))
+    assert sampler(PROMPTS, SEEDS, steps=4).isfinite().all()
+
+
+def test_a_teacher_in_low_precision_is_given_its_own() -> None:
+    parts = toys.tiny_parts()
+    for part in (parts.unet, parts.vae, parts.text):
+        part.to(torch.bfloat16)
+    assert pipeline.TeacherPipeline(parts)(PROMPTS, SEEDS, steps=2).isfinite().all()

@@ -117,7 +117,7 @@ def test_student_timesteps_are_those_of_trailing_spacing(steps: int, expected: t
     assert tuple(SDXL.timesteps.tolist()) == expected[::-1]
 
 
-@pytest.mark.parametrize("steps", [0, 5, -1])
+@pytest.mark.parametrize("steps", [0, 3, 5, -1])
 def test_other_step_counts_are_refused(steps: int) -> None:
     with pytest.raises(errors.ConfigError, match=f"not {steps}"):
         schedule.student_timesteps(steps)

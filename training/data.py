@@ -1,18 +1,22 @@
 """Captioned images to train on: the endless shapes, or a folder of the user's own."""
 
+import collections
+import hashlib
 import json
 import logging
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
 
+import accelerate
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_kd import errors, pipeline
+from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.shapes import scenes
 
 _log = logging.getLogger(__name__)
@@ -25,6 +29,9 @@ class CaptionedImages(Protocol):
 
     group_size: int
     """Runs of this many neighbours differ by one fact: hard negatives for contrastive training. 1: none."""
+
+    source: str
+    """Shapes or which folder, and how many."""
 
     def __len__(self) -> int: ...
 
@@ -45,6 +52,7 @@ class ShapesImages:
 
     def __init__(self, count: int, seed: int) -> None:
         self._scenes = list(scenes.training_scenes(count, seed, self.group_size))
+        self.source = f"shapes, {len(self._scenes)} scenes"
 
     def __len__(self) -> int:
         return len(self._scenes)
@@ -67,8 +75,8 @@ class ShapesImages:
 class FolderImages:
     """A folder with `metadata.jsonl`: a line `{"file_name": ..., "text": ...}` for each image.
 
-    Images are scaled until they cover size_px x size_px and cut at the centre. All files are opened once at the
-    start, so a bad one is named before any training. Raises DataError.
+    Images are turned as their EXIF says, scaled until they cover size_px x size_px and cut at the centre. All files
+    are opened once at the start, so a bad one is named before any training. Raises DataError.
     """
 
     group_size = 1
@@ -78,6 +86,7 @@ class FolderImages:
         self._items = _read_metadata(folder)
         for path, _ in self._items:
             _open(path)
+        self.source = f"folder {folder}, {len(self._items)} images"
 
     def __len__(self) -> int:
         return len(self._items)
@@ -101,12 +110,14 @@ def _read_metadata(folder: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
             f'{folder} has no metadata.jsonl; write a line {{"file_name": …, "text": …}} for each image'
         )
     items = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(metadata), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, text = entry["file_name"], entry["text"]
+            if not isinstance(name, str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError):
             raise errors.DataError(
                 f'{metadata}, line {number}: not of the form {{"file_name": …, "text": …}}: {line[:80]}'
@@ -121,10 +132,18 @@ def _read_metadata(folder: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
     return items
 
 
+def _lines(path: pathlib.Path) -> list[str]:
+    """Of a UTF-8 file, with or without a byte order mark; only a newline ends a line."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise errors.DataError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
 def _open(path: pathlib.Path) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
-            return image.convert("RGB")
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, PIL.Image.DecompressionBombError) as error:
         raise errors.DataError(f"{path} cannot be read as an image: {error}") from None
 
@@ -138,35 +157,60 @@ def _cover(image: PIL.Image.Image, size_px: int) -> NDArray[np.uint8]:
 
 
 def teacher_images(
-    teacher: str, prompts: pathlib.Path, folder: pathlib.Path, *, guidance_scale: float, seed: int
+    teacher: str,
+    prompts: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    parts: artifact.Parts,
+    accelerator: accelerate.Accelerator,
+    guidance_scale: float,
+    seed: int,
 ) -> FolderImages:
     """Let a teacher draw a text file's prompts, one a line, into `folder`; pictures that are there already stay.
 
-    Raises DataError for a file that is missing or holds no prompt, ModelError for the teacher.
+    teacher: its name; parts: its networks, which move to the accelerator's device. The main process draws, the others
+    wait. A picture is named after all that decides it, so it never meets another prompt, teacher or guidance.
+    Raises DataError for a file that is missing, not UTF-8, or holds no prompt.
     """
     if not prompts.is_file():
         raise errors.DataError(f"no file {prompts}; give a text file with a prompt a line")
-    texts = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [line.strip() for line in _lines(prompts) if line.strip()]
     if not texts:
         raise errors.DataError(f"{prompts} holds no prompts; write one a line")
-    sampler = pipeline.load_teacher(teacher)
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(texts), _TEACHER_BATCH):
-        wanted = [
-            index
-            for index in range(start, min(start + _TEACHER_BATCH, len(texts)))
-            if not (folder / f"{index}.png").exists()
-        ]
-        if wanted:
-            chosen = [texts[index] for index in wanted]
-            images = sampler(chosen, [seed + index for index in wanted], guidance_scale=guidance_scale)
-            for index, image in zip(wanted, images, strict=True):
-                pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-                PIL.Image.fromarray(pixels).save(folder / f"{index}.png")
-            _log.info("the teacher has drawn %d of %d prompts", wanted[-1] + 1, len(texts))
-    lines = [json.dumps({"file_name": f"{index}.png", "text": text}) for index, text in enumerate(texts)]
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return FolderImages(folder, sampler.size_px)
+    if accelerator.is_main_process:
+        drawn: collections.Counter[str] = collections.Counter()
+        wanted: list[tuple[str, str]] = []
+        for text in texts:
+            key = f"{teacher}\n{text}\n{drawn[text]}\n{seed}\n{guidance_scale}"
+            wanted.append((hashlib.sha256(key.encode()).hexdigest()[:16], text))
+            drawn[text] += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        sampler = pipeline.TeacherPipeline(parts)
+        sampler.to(accelerator.device)
+        _draw(sampler, [pair for pair in wanted if not (folder / f"{pair[0]}.png").exists()], folder, guidance_scale)
+        lines = [json.dumps({"file_name": f"{name}.png", "text": text}) + "\n" for name, text in wanted]
+        unfinished = folder / "metadata.jsonl.unfinished"
+        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.replace(folder / "metadata.jsonl")
+    accelerator.wait_for_everyone()
+    return FolderImages(folder, parts.size_px)
+
+
+def _draw(
+    sampler: pipeline.TeacherPipeline, wanted: list[tuple[str, str]], folder: pathlib.Path, guidance_scale: float
+) -> None:
+    """wanted: (name, prompt) of each picture; the name, 16 hex digits, is its seed too."""
+    for start in range(0, len(wanted), _TEACHER_BATCH):
+        chosen = wanted[start : start + _TEACHER_BATCH]
+        images = sampler(
+            [text for _, text in chosen], [int(name, 16) for name, _ in chosen], guidance_scale=guidance_scale
+        )
+        for (name, _), image in zip(chosen, images, strict=True):
+            pixels = ((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            unfinished = folder / f"{name}.png.unfinished"
+            PIL.Image.fromarray(pixels).save(unfinished, "PNG")
+            unfinished.replace(folder / f"{name}.png")
+        _log.info("the teacher has drawn %d of %d missing pictures", start + len(chosen), len(wanted))
 
 
 def to_tensor(images_uint8: NDArray[np.uint8]) -> Tensor:

@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not 0 < given.minutes <= 60 * 24:
         raise errors.ConfigError(f"--minutes must be above 0 and at most a day, not {given.minutes:g}")
+    if given.prompts < 8:
+        raise errors.ConfigError(f"--prompts must be 8 or more, not {given.prompts}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     short = [f"training.time_limit_s={given.minutes * 60}", "training.ema_decay=0.98"]
     config = configs.load(distill.DistillConfig, "shapes_add_plus", short)

@@ -7,7 +7,9 @@ diffusers folder with `distillation.json`.
 import argparse
 import copy
 import dataclasses
+import datetime
 import logging
+import math
 import pathlib
 import statistics
 import subprocess
@@ -17,6 +19,7 @@ from typing import Any
 import accelerate
 import numpy as np
 import torch
+from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.utils import tensorboard
 
@@ -25,6 +28,7 @@ from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
 from diffusion_kd.objectives.base import Batch
+from diffusion_kd.shapes import model
 from training import config as configs
 from training import data, loop
 
@@ -38,10 +42,10 @@ class DistillConfig:
     objective: keys of `add.ADDConfig`. training: keys of `loop.LoopConfig`.
     scenes: how many shapes scenes are drawn (unused with --data or --prompts).
     feature_network: what the pixel discriminator looks through: `shapes-encoder` or a CLIP folder or hub id,
-        `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE[:WEIGHTS]`.
-    negative_prompt: for the nfsd weighting alone.
+        `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE:WEIGHTS`.
+    negative_prompt: for the nfsd weighting alone, which needs one.
     discriminator_learning_rate: of the heads; their Adam has beta1 = 0.
-    precision: of the networks' arithmetic: fp32, bf16 or fp16. Weights, x0 and losses stay float32.
+    precision: of the networks' arithmetic: fp32 or bf16. Weights, x0 and losses stay float32.
     """
 
     seed: int = 0
@@ -58,8 +62,38 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise errors.ConfigError(f"precision is {self.precision!r}; it must be fp32, bf16 or fp16")
+        eyes = self.feature_network.split(":")
+        for name, fits, wanted in (
+            ("seed", self.seed >= 0, "0 or more"),
+            ("scenes", self.scenes >= data.ShapesImages.group_size, f"{data.ShapesImages.group_size} or more"),
+            (
+                "feature_network",
+                eyes[0] != "open_clip" or (len(eyes) > 2 and all(eyes)),
+                "open_clip:ARCHITECTURE:WEIGHTS",
+            ),
+            ("discriminator_learning_rate", 0 < self.discriminator_learning_rate < math.inf, "a number above 0"),
+            ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
+            (
+                "negative_prompt",
+                self.objective.weighting != "nfsd" or bool(self.negative_prompt.strip()),
+                "set for the nfsd weighting, for example to 'a blurry mess'",
+            ),
+        ):
+            if not fits:
+                raise errors.ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    def check_size(self, size_px: int, *, shapes: bool) -> None:
+        """Raise ConfigError if a teacher of this size cannot learn from shapes (if asked to) or be judged as set."""
+        if shapes and size_px != model.IMAGE_SIZE_PX:
+            raise errors.ConfigError(
+                f"the teacher makes {size_px} px images and shapes have {model.IMAGE_SIZE_PX} px; "
+                "give images of your own with --data, or prompts with --prompts"
+            )
+        if self.feature_network == "shapes-encoder" and size_px != model.IMAGE_SIZE_PX:
+            raise errors.ConfigError(
+                f"the teacher makes {size_px} px images and shapes-encoder knows shapes of {model.IMAGE_SIZE_PX} px "
+                "alone; set feature_network=dinov2"
+            )
 
 
 def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
@@ -73,16 +107,34 @@ def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
     return pipeline.load_feature_network(name)
 
 
-class Distillation:
-    """One run: a teacher, its student, the data and a folder."""
+def launch(config: DistillConfig) -> accelerate.Accelerator:
+    """This process among its fellows; they wait up to a day for one another, for one may draw or export alone."""
+    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
+    precision = "no" if config.precision == "fp32" else config.precision
+    return accelerate.Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
 
-    def __init__(self, config: DistillConfig, teacher: str, images: data.CaptionedImages, folder: pathlib.Path) -> None:
+
+class Distillation:
+    """One run: a teacher, its student, the data and a folder.
+
+    parts: the teacher, if it is loaded already. accelerator: from `launch`, if it is made already.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: str,
+        images: data.CaptionedImages,
+        folder: pathlib.Path,
+        *,
+        parts: artifact.Parts | None = None,
+        accelerator: accelerate.Accelerator | None = None,
+    ) -> None:
         self.config, self.teacher_name, self.images, self.folder = config, teacher, images, folder
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision
-        )
+        self.code = _code_version()
+        self.accelerator = accelerator or launch(config)
+        self.parts = (parts or artifact.load(teacher)).to(self.accelerator.device)
         torch.manual_seed(config.seed)
-        self.parts = artifact.load(teacher).to(self.accelerator.device)
         student = copy.deepcopy(self.parts.denoiser()).requires_grad_(True)
         self.objective = add.ADD(
             config.objective,
@@ -148,7 +200,7 @@ class Distillation:
         return dataclasses.replace(self.parts, unet=unet, scheduler=scheduler)
 
     def _show_samples(self, images_seen: int, unet: nn.Module, writer: tensorboard.SummaryWriter) -> None:
-        """The same eight captions and seeds every time, a row for each step count, to TensorBoard and a picture."""
+        """The same eight captions and seeds every time, a row for each step count, to TensorBoard."""
         timesteps = pipeline.trained_timesteps(self.config.objective.student_steps)
         student = pipeline.FewStepPipeline(self._student_parts(unet), {int(n): t for n, t in timesteps.items()})
         count = min(8, len(self.images))
@@ -169,11 +221,11 @@ class Distillation:
                 size_px=parts.size_px,
                 lineage={
                     "teacher": self.teacher_name,
-                    "data": type(self.images).__name__,
-                    "images_seen": self.config.training.images,
+                    "data": self.images.source,
+                    "images_seen": loop.images_seen(self.folder / "training", self.config.training),
                     "seed": self.config.seed,
                     "config": dataclasses.asdict(self.config),
-                    "code": _code_version(),
+                    "code": self.code,
                 },
             ),
         )
@@ -181,11 +233,13 @@ class Distillation:
 
 
 def _code_version() -> str:
-    """The package's version and, in a checkout, its commit."""
+    """The package's version and, in a checkout with git at hand, its commit."""
     here = pathlib.Path(__file__).parent
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        asked = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return diffusion_kd.__version__
     return f"{diffusion_kd.__version__}+{asked.stdout.strip()}" if asked.returncode == 0 else diffusion_kd.__version__
 
 
@@ -207,22 +261,28 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(DistillConfig, given.config, given.overrides)
-    size_px = artifact.load(given.teacher).size_px
+    accelerator = launch(config)
+    parts = artifact.load(given.teacher)
+    config.check_size(parts.size_px, shapes=given.data is None and given.prompts is None)
     if given.data is not None:
-        images: data.CaptionedImages = data.FolderImages(given.data, size_px)
+        images: data.CaptionedImages = data.FolderImages(given.data, parts.size_px)
     elif given.prompts is not None:
         images = data.teacher_images(
             given.teacher,
             given.prompts,
             given.out / "teacher_images",
+            parts=parts,
+            accelerator=accelerator,
             guidance_scale=statistics.mean(config.objective.teacher_guidance),
             seed=config.seed,
         )
     else:
         images = data.ShapesImages(config.scenes, config.seed)
+    distillation = Distillation(config, given.teacher, images, given.out, parts=parts, accelerator=accelerator)
     given.out.mkdir(parents=True, exist_ok=True)
-    configs.save(config, given.out / "config.yaml")
-    Distillation(config, given.teacher, images, given.out).run()
+    if accelerator.is_main_process:
+        configs.save(config, given.out / "config.yaml")
+    distillation.run()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ teacher's stage or a distillation method computes is theirs.
 import collections
 import dataclasses
 import logging
+import math
 import os
 import pathlib
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +27,9 @@ _log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 
+_MOST_SKIPPED = 100
+"""So many skipped steps in a row end a training."""
+
 
 @dataclasses.dataclass
 class LoopConfig:
@@ -35,8 +40,9 @@ class LoopConfig:
         `decay_share` of all images.
     ema_decay: of the average of the trained network, per step; 0 keeps none.
     max_grad_norm: gradients are scaled down to it.
-    time_limit_s: stop after so long, the learning rate having fallen by then; 0 is no limit. What a limited run makes
-        depends on the machine's speed.
+    time_limit_s: stop after so long, the learning rate having fallen by then; 0 is no limit. A run that goes on counts
+        the time before. What a limited run makes depends on the machine's speed.
+    checkpoint_every_s: 0 writes one after every step. log_every_steps: between two lines of the log.
     """
 
     images: int
@@ -56,6 +62,18 @@ class LoopConfig:
             raise errors.ConfigError(
                 f"images is {self.images} and batch_size {self.batch_size}; at least one batch must fit into images"
             )
+        for name, fits, wanted in (
+            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup_images", self.warmup_images >= 0, "0 or more"),
+            ("decay_share", 0 <= self.decay_share <= 1, "a share from 0 to 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "0 (no average) or more, and below 1"),
+            ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
+            ("time_limit_s", self.time_limit_s >= 0, "0 (no limit) or more"),
+            ("checkpoint_every_s", self.checkpoint_every_s >= 0, "0 (every step) or more"),
+            ("log_every_steps", self.log_every_steps >= 1, "1 or more"),
+        ):
+            if not fits:
+                raise errors.ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
 
 
 @dataclasses.dataclass
@@ -101,25 +119,39 @@ def fit(
     averaged: the network whose moving average is kept, if `ema_decay` is set.
     on_report: called on the main process at each report with images seen, the average (or the network) and the writer.
     Returns the average, or `averaged` itself if none is kept.
+    Raises ConfigError if the batch cannot be shared evenly or the checkpoint does not fit, TrainingError if 100 steps
+    in a row had to be skipped.
     """
+    if config.batch_size % accelerator.num_processes:
+        raise errors.ConfigError(
+            f"batch_size {config.batch_size} cannot be shared among {accelerator.num_processes} processes; "
+            f"it must be a multiple of {accelerator.num_processes}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(accelerator, learners, config, averaged)
-    first_step = state.restore(folder / CHECKPOINT)
+    first_step, earlier_s = state.restore(folder / CHECKPOINT)
     parallel = {learner.name: accelerator.prepare_model(learner.module) for learner in learners}
     steps = config.images // config.batch_size
     local_batch = config.batch_size // accelerator.num_processes
-    progress = _Progress(folder.name, steps, config.batch_size, folder if accelerator.is_main_process else None)
-    began = saved = time.monotonic()
+    writes = folder if accelerator.is_main_process else None
+    progress = _Progress(folder.name, first_step, steps, config.batch_size, writes)
+    skipped = dict.fromkeys(parallel, 0)
+    saved = time.monotonic()
+    began = saved - earlier_s
     for step in range(first_step, steps):
-        elapsed_s = time.monotonic() - began if config.time_limit_s else 0.0
+        elapsed_s = _agree(accelerator, time.monotonic() - began) if config.time_limit_s else 0.0
+        if step and step == first_step and _done(step * config.batch_size, elapsed_s, config) >= 1:
+            break  # the run that is gone on with had used up its time
         share = learning_rate_share(step * config.batch_size, elapsed_s, config)
         last = step + 1 == steps or _done(step * config.batch_size, elapsed_s, config) >= 1
         batch = draw(step, local_batch)
         for learner in learners:
-            losses = _take_step(
+            report = _take_step(
                 accelerator, learner, parallel[learner.name], state.optimizers[learner.name], batch, share, config
             )
-            progress.add(losses)
+            progress.add(report)
+            skipped[learner.name] = skipped[learner.name] + 1 if report[f"{learner.name}_skipped"] else 0
+            _check_skipped(learner.name, skipped[learner.name], step)
         state.update_average()
         if (step + 1) % config.log_every_steps == 0 or last:
             progress.report(step + 1)
@@ -127,7 +159,8 @@ def fit(
                 on_report((step + 1) * config.batch_size, state.result, progress.writer)
         due = time.monotonic() - saved > config.checkpoint_every_s or last
         if accelerator.is_main_process and due:
-            save_atomically(state.content() | {"step": step + 1}, folder / CHECKPOINT)
+            reached = {"step": step + 1, "elapsed_s": time.monotonic() - began}
+            save_atomically(state.content() | reached, folder / CHECKPOINT)
             saved = time.monotonic()
         if last:
             break
@@ -145,10 +178,35 @@ def restore(
     *,
     averaged: nn.Module,
 ) -> nn.Module:
-    """What `fit` would return if it trained no further than the checkpoint in `folder`."""
+    """What `fit` would return if it trained no further than the checkpoint in `folder`.
+
+    Raises ConfigError if there is none, or if it does not fit.
+    """
+    if not (folder / CHECKPOINT).is_file():
+        raise errors.ConfigError(
+            f"{folder} holds no {CHECKPOINT} to go by; train first, or name another run with --out"
+        )
     state = _State(accelerator, learners, config, averaged)
     state.restore(folder / CHECKPOINT)
     return state.result
+
+
+def images_seen(folder: pathlib.Path, config: LoopConfig) -> int:
+    """Training examples that the checkpoint in `folder` has seen."""
+    return int(_read(folder / CHECKPOINT, mmap=True)["step"]) * config.batch_size
+
+
+def _agree(accelerator: accelerate.Accelerator, elapsed_s: float) -> float:
+    """The main process's time on all: each would else stop at a step of its own and leave the others waiting."""
+    return float(accelerate.utils.broadcast(torch.tensor(elapsed_s, device=accelerator.device)))
+
+
+def _check_skipped(name: str, skipped: int, step: int) -> None:
+    if skipped >= _MOST_SKIPPED:
+        raise errors.TrainingError(
+            f"{name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is not finite; "
+            "look at the curves in TensorBoard, then lower the learning rate or train with precision=fp32"
+        )
 
 
 def _take_step(
@@ -160,7 +218,7 @@ def _take_step(
     share: float,
     config: LoopConfig,
 ) -> dict[str, Tensor]:
-    """One learner's turn. A loss or gradient that is not finite skips the step and is counted."""
+    """One learner's turn. A loss or gradient that is not finite skips the step; of that one only this is reported."""
     for group in optimizer.param_groups:
         group["lr"] = learner.learning_rate * share
     with accelerator.autocast():
@@ -171,8 +229,8 @@ def _take_step(
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    report = {name: loss if finite else torch.zeros(()) for name, loss in losses.items()}
-    return report | {f"{learner.name}_gradient": norm.nan_to_num(0, 0, 0), "skipped": torch.tensor(float(not finite))}
+    skipped = {f"{learner.name}_skipped": torch.tensor(float(not finite))}
+    return losses | {f"{learner.name}_gradient": norm} | skipped if finite else skipped
 
 
 def save_atomically(content: object, path: pathlib.Path) -> None:
@@ -222,31 +280,45 @@ class _State:
     def content(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts.items()}
 
-    def restore(self, checkpoint: pathlib.Path) -> int:
-        """Load a checkpoint if there is one. Returns the steps taken. Raises ConfigError if it does not fit."""
+    def restore(self, checkpoint: pathlib.Path) -> tuple[int, float]:
+        """Load a checkpoint if there is one. Returns the steps taken and the seconds they took.
+
+        Raises ConfigError if it is damaged or does not fit.
+        """
         if not checkpoint.exists():
-            return 0
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            return 0, 0.0
+        content = _read(checkpoint)
         try:
             for name, part in self._parts.items():
                 part.load_state_dict(content[name])
         except (KeyError, RuntimeError, ValueError) as error:
             raise errors.ConfigError(
-                f"{checkpoint} is of another configuration ({str(error).splitlines()[0]}); "
+                f"{checkpoint} is of another configuration ({errors.first_line(error)}); "
                 "use its own config, or another folder with --out"
             ) from None
         _log.info("%s stands at step %d", checkpoint.parent.name, content["step"])
-        return int(content["step"])
+        return int(content["step"]), float(content.get("elapsed_s", 0.0))
+
+
+def _read(checkpoint: pathlib.Path, *, mmap: bool = False) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
+        content["step"]
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise errors.ConfigError(
+            f"{checkpoint} cannot be read ({errors.first_line(error)}); remove it to begin anew, or use --out"
+        ) from None
+    return content
 
 
 class _Progress:
     """Running means to the log and to TensorBoard, with the rate and the time left."""
 
-    def __init__(self, name: str, steps: int, batch_size: int, folder: pathlib.Path | None) -> None:
+    def __init__(self, name: str, first_step: int, steps: int, batch_size: int, folder: pathlib.Path | None) -> None:
         self._name, self._steps, self._batch_size = name, steps, batch_size
         self.writer = tensorboard.SummaryWriter(str(folder)) if folder else None
         self._sums: dict[str, list[float]] = collections.defaultdict(list)
-        self._step, self._since = 0, time.monotonic()
+        self._step, self._since = first_step, time.monotonic()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -254,8 +326,7 @@ class _Progress:
 
     def report(self, step: int) -> None:
         means = {name: sum(values) / len(values) for name, values in self._sums.items()}
-        steps_taken = max(len(values) for values in self._sums.values()) if self._step == 0 else step - self._step
-        rate = steps_taken * self._batch_size / (time.monotonic() - self._since)
+        rate = (step - self._step) * self._batch_size / (time.monotonic() - self._since)
         if self.writer:
             for name, value in means.items():
                 self.writer.add_scalar(name, value, step * self._batch_size)

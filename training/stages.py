@@ -1,4 +1,8 @@
-"""What each stage of a teacher's training minimises: modules that map a batch to named losses."""
+"""What each stage of a teacher's training minimises: modules that map a batch to named losses.
+
+labelled: whether batches say what each cell shows. Without, nothing reads cells: several processes would wait for its
+gradients.
+"""
 
 from typing import Any
 
@@ -32,13 +36,17 @@ class Contrastive(nn.Module):
     """CLIP's loss (Radford et al. 2021) for both text encoders against one image encoder."""
 
     def __init__(
-        self, text: conditioning.PromptEncoder, image_encoder: transformers.CLIPVisionModelWithProjection
+        self,
+        text: conditioning.PromptEncoder,
+        image_encoder: transformers.CLIPVisionModelWithProjection,
+        *,
+        labelled: bool = True,
     ) -> None:
         super().__init__()
         self.text, self.image_encoder = text, image_encoder
         self.projection = nn.Linear(text.text_encoder.config.hidden_size, model.PROJECTION_DIM, bias=False)
         self.log_scale = nn.Parameter(torch.tensor([np.log(1 / 0.07)] * 2, dtype=torch.float32))
-        self.cells = CellReader(image_encoder.config.hidden_size)
+        self.cells = CellReader(image_encoder.config.hidden_size) if labelled else None
 
     def forward(
         self, images: Tensor, ids: Tensor, ids_2: Tensor, labels: Tensor | None, cell_weight: float
@@ -52,7 +60,7 @@ class Contrastive(nn.Module):
             logits = scale.exp().clamp(max=100) * image @ functional.normalize(words.float(), dim=-1).T
             target = torch.arange(len(logits), device=logits.device)
             losses[name] = (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-        if labels is not None:
+        if self.cells is not None and labels is not None:
             patches = seen.last_hidden_state[:, 1:].mT
             losses["cells"] = cell_weight * self.cells(patches.unflatten(-1, labels.shape[-2:]), labels)
         return losses
@@ -67,10 +75,10 @@ class Autoencoding(nn.Module):
 
     vae: Any
 
-    def __init__(self, vae: Any, kl_weight: float) -> None:
+    def __init__(self, vae: Any, kl_weight: float, *, labelled: bool = True) -> None:
         super().__init__()
         self.vae, self.kl_weight = vae, kl_weight
-        self.cells = CellReader(model.LATENT_CHANNELS)
+        self.cells = CellReader(model.LATENT_CHANNELS) if labelled else None
 
     def forward(self, images: Tensor, noise: Tensor, labels: Tensor | None, cell_weight: float) -> dict[str, Tensor]:
         posterior = self.vae.encode(images).latent_dist
@@ -82,7 +90,7 @@ class Autoencoding(nn.Module):
             "squared": functional.mse_loss(restored, images),
             "kl": self.kl_weight * kl,
         }
-        if labels is not None:
+        if self.cells is not None and labels is not None:
             losses["cells"] = cell_weight * self.cells(latents, labels)
         return losses
 
@@ -114,11 +122,13 @@ class Denoising(nn.Module):
         text: conditioning.PromptEncoder,
         schedule: NoiseSchedule,
         prediction_type: types.PredictionType,
+        *,
+        labelled: bool = True,
     ) -> None:
         super().__init__()
         self.unet, self.text = unet, text
         self.schedule, self.prediction_type = schedule, prediction_type
-        self.cells = CellReader(unet.config.block_out_channels[-1])
+        self.cells = CellReader(unet.config.block_out_channels[-1]) if labelled else None
         self._features: Tensor | None = None
         unet.up_blocks[0].register_forward_hook(self._keep)
 
@@ -147,7 +157,7 @@ class Denoising(nn.Module):
         ).sample.float()
         target = noise if self.prediction_type == "epsilon" else self.schedule.velocity(latents, noise, timesteps)
         losses = {"denoise": functional.mse_loss(prediction, target)}
-        if labels is not None:
+        if self.cells is not None and labels is not None:
             assert self._features is not None, "the hook on the first up block has not run"
             losses["cells"] = cell_weight * self.cells(self._features, labels)
         self._features = None

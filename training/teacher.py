@@ -44,7 +44,8 @@ class TeacherConfig:
     """All settings of a teacher.
 
     scenes: how many shapes scenes are drawn (unused with a folder of images).
-    stages: which to run or, where they are finished, to load; a stage needs those before it.
+    stages: which to run or, where they are finished, to load, in their order. decoder and unet need vae, unet needs
+        contrastive.
     prediction_type: `v_prediction` on zero-terminal-signal betas, or `epsilon` on SDXL's own.
     caption_dropout: share of captions replaced by nothing, so that guidance works.
     cell_weight: weight of the auxiliary loss that reads shape, colour and size in each cell; shapes only.
@@ -79,6 +80,12 @@ class TeacherConfig:
         unknown = set(self.stages) - set(STAGES)
         if unknown:
             raise errors.ConfigError(f"stages names {', '.join(sorted(unknown))}; stages are {', '.join(STAGES)}")
+        given = f"stages is [{', '.join(self.stages)}]"
+        if not self.stages or self.stages != [stage for stage in STAGES if stage in self.stages]:
+            raise errors.ConfigError(f"{given}; name at least one, each once, in the order {', '.join(STAGES)}")
+        for stage, needed in (("decoder", "vae"), ("unet", "vae"), ("unet", "contrastive")):
+            if stage in self.stages and needed not in self.stages:
+                raise errors.ConfigError(f"{given}; {stage} needs {needed}, which is loaded if it is finished")
 
 
 def _images(config: TeacherConfig, folder: pathlib.Path | None) -> data.CaptionedImages:
@@ -96,6 +103,7 @@ class Build:
         self.train_further = train_further
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
         self.config, self.folder, self.images = config, folder, images
+        self.labelled = self._labels([0]) is not None
         torch.manual_seed(config.seed)
         tokenizer = self._tokenizer()
         self.text = conditioning.PromptEncoder(
@@ -114,7 +122,8 @@ class Build:
             count = min(len(self.images), 20_000)
             tokenizer = model.build_tokenizer(self.images.captions(range(count), self.config.seed))
             if self.accelerator.is_main_process:
-                model.save_tokenizer(tokenizer, folder)
+                with artifact.written_whole(folder) as unfinished:
+                    model.save_tokenizer(tokenizer, unfinished)
         self.accelerator.wait_for_everyone()
         return transformers.CLIPTokenizer.from_pretrained(folder)
 
@@ -155,7 +164,7 @@ class Build:
                 }
             )
 
-        module = stages.Contrastive(self.text, self.image_encoder)
+        module = stages.Contrastive(self.text, self.image_encoder, labelled=self.labelled)
         self._fit("contrastive", module, draw)
         # The text encoders go on learning with the U-Net; the feature network keeps what they know now.
         self.clip = model.join_clip(self.text.text_encoder_2, self.image_encoder)
@@ -174,7 +183,7 @@ class Build:
                 }
             )
 
-        module = stages.Autoencoding(self.vae, self.config.kl_weight)
+        module = stages.Autoencoding(self.vae, self.config.kl_weight, labelled=self.labelled)
         self._fit("vae", module, draw)
         self._normalise_latents()
 
@@ -253,7 +262,8 @@ class Build:
     def train_unet(self) -> None:
         latents, labels = self.cache_latents()
         schedule = NoiseSchedule.from_scheduler(model.build_noise_scheduler(self.config.prediction_type))
-        module = stages.Denoising(self.unet, self.text, schedule, types.prediction_type(self.config.prediction_type))
+        kind = types.prediction_type(self.config.prediction_type)
+        module = stages.Denoising(self.unet, self.text, schedule, kind, labelled=self.labelled)
         # SDXL reads the token states before the last layer, so the first encoder's last layer has no gradient here.
         for unused in (self.text.text_encoder.encoder.layers[-1], self.text.text_encoder.final_layer_norm):
             unused.requires_grad_(False)
@@ -290,7 +300,8 @@ class Build:
         """Write the teacher as an SDXL-layout pipeline folder, and the embedded feature network beside it."""
         parts = artifact.Parts(self.unet, self.vae, self.text, model.build_noise_scheduler(self.config.prediction_type))
         artifact.save_pipeline(self.folder / "teacher", parts=parts)
-        model.save_clip(self.clip, self.text.tokenizers[0], self.folder / "encoder")
+        with artifact.written_whole(self.folder / "encoder") as unfinished:
+            model.save_clip(self.clip, self.text.tokenizers[0], unfinished)
         _log.info("exported %s and %s", self.folder / "teacher", self.folder / "encoder")
 
 
@@ -307,6 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
     images = _images(config, given.data)
     given.out.mkdir(parents=True, exist_ok=True)
     build = Build(config, given.out, images, train_further=not given.export_now)
+    if build.accelerator.is_main_process:
+        configs.save(config, given.out / "config.yaml")
     build.train()
 
 

@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Self
 
+import safetensors
 import torch
 import transformers
 from torch import Tensor, nn
@@ -209,13 +210,18 @@ class DinoFeatures(FeatureNetwork):
 
 
 def load_clip(folder: pathlib.Path, name: str) -> ClipFeatures:
-    """A transformers CLIP folder with its tokenizer; `preprocessor_config.json`, if there, gives the normalisation."""
+    """A transformers CLIP folder with its tokenizer; `preprocessor_config.json`, if there, gives the normalisation.
+
+    Raises ModelError if it cannot be read or its weights are not finite.
+    """
     try:
         with _progress.hidden():
             clip = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise errors.ModelError(f"{name} is not a CLIP model: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise errors.ModelError(f"{name} is not a CLIP model: {errors.first_line(error)}") from None
+    if not all(bool(weight.isfinite().all()) for weight in clip.parameters()):
+        raise errors.ModelError(f"{name} holds NaN or infinite weights; the file is damaged")
     preprocessing = folder / "preprocessor_config.json"
     config = json.loads(preprocessing.read_text()) if preprocessing.is_file() else {}
     return ClipFeatures(

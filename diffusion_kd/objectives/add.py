@@ -13,7 +13,9 @@ Where the paper is silent or we deviate:
 - student timesteps are {249, 499, 749, 999} (the paper names only the last);
 - the last timestep's input is pure noise while its x0 formula keeps the finite alpha (`schedule`);
 - at pure noise the image condition is zero: nothing of the real image has reached the student there;
-- the teacher is guided (`teacher_guidance`), which the paper leaves open.
+- the teacher is guided (`teacher_guidance`), which the paper leaves open;
+- distances are means over elements, where the paper writes a squared norm;
+- one network serves as the discriminator's eyes and gives the image condition.
 """
 
 import dataclasses

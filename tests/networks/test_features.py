@@ -103,3 +103,16 @@ def test_a_transformers_clip_of_any_size_is_read() -> None:
     network = features.ClipFeatures(transformers.CLIPModel(config), transformers.CLIPTokenizer(), "toy", depths=(1, 3))
     seen = check(network, 48)
     assert [tuple(layer.shape[1:]) for layer in seen.maps] == [(24, 4, 4)] * 2
+
+
+def test_damaged_clip_weights_are_named(tmp_path: pathlib.Path) -> None:
+    tokenizer = model.build_tokenizer(["a red circle", "a blue star"], merges=40)
+    clip = model.join_clip(model.build_text_encoder_2(tokenizer), model.build_image_encoder())
+    clip.logit_scale.data.fill_(float("nan"))
+    model.save_clip(clip, tokenizer, tmp_path)
+    with pytest.raises(errors.ModelError, match="NaN or infinite weights"):
+        features.load_clip(tmp_path, "toy")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(errors.ModelError, match="is not a CLIP model"):
+        features.load_clip(tmp_path, "toy")

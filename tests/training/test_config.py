@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from benchmarks import ablation
 from diffusion_kd import errors
 from training import config, distill, teacher
 
@@ -44,9 +45,16 @@ def test_overrides_reach_nested_keys() -> None:
         ("lamda=2", "unknown config key 'lamda'"),
         ("objective.lamda=2", "unknown config key 'objective.lamda'"),
         ("objective.weighting=huber", "weighting is 'huber'"),
-        ("objective.student_steps=5", "1 to 4 steps, not 5"),
-        ("objective.student_steps=0", "1 to 4 steps, not 0"),
+        ("objective.student_steps=5", "must be 1, 2 or 4, not 5"),
+        ("objective.student_steps=3", "must be 1, 2 or 4, not 3"),
+        ("objective.student_steps=0", "must be 1, 2 or 4, not 0"),
         ("training.images=many", "images"),
+        ("precision=fp16", "fp32 or bf16"),
+        ("seed=-1", "seed is -1"),
+        ("scenes=3", "4 or more"),
+        ("discriminator_learning_rate=0", "discriminator_learning_rate is 0"),
+        ("feature_network=open_clip:ViT-B-32", "open_clip:ARCHITECTURE:WEIGHTS"),
+        ("objective.weighting=nfsd", "negative_prompt is ''"),
         ("training.images=0", "at least one batch"),
         ("seed", "not of the form key=value"),
     ],
@@ -78,8 +86,28 @@ def test_a_saved_config_loads_to_itself(tmp_path: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.parametrize("stages", ["contrastive,vae,unet", "contrastive,vae,decoder", "vae", "vae,decoder"])
+def test_stages_may_be_left_out_where_nothing_needs_them(stages: str) -> None:
+    assert config.load(teacher.TeacherConfig, "shapes", [f"stages=[{stages}]"]).stages == stages.split(",")
+
+
+def test_every_variant_of_the_ablation_is_valid() -> None:
+    for overrides in ablation.VARIANTS.values():
+        config.load(distill.DistillConfig, "shapes_add", overrides)
+
+
 @pytest.mark.parametrize(
-    ("override", "message"), [("prediction_type=sample", "epsilon or v_prediction"), ("stages=[unett]", "unett")]
+    ("override", "message"),
+    [
+        ("prediction_type=sample", "epsilon or v_prediction"),
+        ("stages=[unett]", "unett"),
+        ("stages=[]", "at least one"),
+        ("stages=[vae,contrastive]", "in the order"),
+        ("stages=[vae,vae]", "each once"),
+        ("stages=[contrastive,decoder]", "decoder needs vae"),
+        ("stages=[contrastive,unet]", "unet needs vae"),
+        ("stages=[vae,unet]", "unet needs contrastive"),
+    ],
 )
 def test_bad_teachers_are_named(override: str, message: str) -> None:
     with pytest.raises(errors.ConfigError, match=message):

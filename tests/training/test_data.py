@@ -3,12 +3,14 @@
 import json
 import pathlib
 
+import accelerate
 import numpy as np
 import PIL.Image
 import pytest
 
 from diffusion_kd import errors
 from diffusion_kd.shapes import scenes
+from tests import toys
 from training import data
 
 
@@ -67,6 +69,7 @@ def test_to_tensor_has_the_promised_range() -> None:
         ('{"file_name": "b.png", "text": "x"}', "there is no file"),
         ("not json", "line 1"),
         ('["a.png"]', "line 1"),
+        ('{"file_name": 3, "text": "x"}', "line 1"),
         ("", "names no images"),
     ],
 )
@@ -92,10 +95,80 @@ def test_missing_folders_metadata_and_unreadable_images_are_named(tmp_path: path
         data.FolderImages(folder, 16)
 
 
+def draw(prompts: pathlib.Path, out: pathlib.Path, guidance_scale: float = 3.0) -> data.FolderImages:
+    return data.teacher_images(
+        "toy",
+        prompts,
+        out,
+        parts=toys.tiny_parts(),
+        accelerator=accelerate.Accelerator(cpu=True),
+        guidance_scale=guidance_scale,
+        seed=0,
+    )
+
+
 def test_prompt_files_without_prompts_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.DataError, match="no file"):
-        data.teacher_images("shapes-teacher", tmp_path / "nowhere.txt", tmp_path / "out", guidance_scale=3.0, seed=0)
+        draw(tmp_path / "nowhere.txt", tmp_path / "out")
     (tmp_path / "empty.txt").write_text("\n  \n")
     with pytest.raises(errors.DataError, match="holds no prompts"):
-        data.teacher_images("shapes-teacher", tmp_path / "empty.txt", tmp_path / "out", guidance_scale=3.0, seed=0)
+        draw(tmp_path / "empty.txt", tmp_path / "out")
+    (tmp_path / "latin.txt").write_bytes("ein Würfel".encode("latin-1"))
+    with pytest.raises(errors.DataError, match="not UTF-8"):
+        draw(tmp_path / "latin.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_edited_prompt_file_keeps_each_picture_with_its_prompt(tmp_path: pathlib.Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("\ufeffa red circle\na blue star\n")
+    first = draw(prompts, out)
+    assert first.captions([0, 1], 0) == ["a red circle", "a blue star"]
+    prompts.write_text("a green ring\na blue star\na red circle\na red circle\n")
+    second = draw(prompts, out)
+    assert np.array_equal(second.images_uint8([2, 1]), first.images_uint8([0, 1]))
+    assert not np.array_equal(second.images_uint8([2]), second.images_uint8([3]))
+    assert len(list(out.glob("*.png"))) == 4 and not list(out.glob("*.unfinished"))
+    assert not np.array_equal(draw(prompts, out, 8.0).images_uint8([0]), second.images_uint8([0]))
+
+
+def test_a_killed_drawing_leaves_no_half_picture(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(image: object, path: pathlib.Path, kind: str) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.setattr(PIL.Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "prompts.txt", tmp_path / "out")
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert len(draw(tmp_path / "prompts.txt", tmp_path / "out")) == 1
+
+
+def test_only_the_main_process_draws(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    monkeypatch.setattr(accelerate.Accelerator, "is_main_process", False)
+    with pytest.raises(errors.DataError, match="no folder"):
+        draw(tmp_path / "prompts.txt", tmp_path / "out")
+
+
+def test_metadata_of_other_editors_is_read(tmp_path: pathlib.Path) -> None:
+    folder = folder_with(tmp_path / "f", [{"file_name": "a.png", "text": "x"}])
+    line = json.dumps({"file_name": "a.png", "text": "one\u2028line"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert data.FolderImages(folder, 16).captions([0], 0) == ["one\u2028line"]
+    (folder / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "\xff"}')
+    with pytest.raises(errors.DataError, match="not UTF-8"):
+        data.FolderImages(folder, 16)
+
+
+def test_pictures_stand_upright(tmp_path: pathlib.Path) -> None:
+    folder = folder_with(tmp_path / "f", [{"file_name": "a.png", "text": "x"}])
+    picture = PIL.Image.new("RGB", (16, 16))
+    picture.paste((255, 255, 255), (0, 0, 16, 8))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture.save(folder / "a.png", exif=exif)
+    pixels = data.FolderImages(folder, 16).images_uint8([0])[0]
+    assert pixels[0].max() == 0 and pixels[-1].min() == 255

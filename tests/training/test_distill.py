@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from diffusion_kd import artifact, pipeline
+from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.shapes import model
 from tests import toys
 from training import distill
@@ -77,6 +77,7 @@ def test_a_folder_of_pictures_makes_a_student(
     assert (
         lineage["teacher"] == str(models / "teacher") and lineage["config"]["objective"]["distillation_weight"] == 2.5
     )
+    assert lineage["images_seen"] == 8 and lineage["data"] == f"folder {pictures}, 5 images"
     assert (out / "config.yaml").is_file() and list((out / "training").glob("events*"))
 
 
@@ -110,6 +111,44 @@ def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, t
     assert artifact.resolve(str(out / "student")).is_dir()
 
 
+def test_a_time_limited_run_says_what_it_saw(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = tmp_path / "run"
+    distill.main([*arguments(models, out, "--data", str(pictures)), "training.time_limit_s=0.000001"])
+    assert artifact.read_distillation(str(out / "student")).lineage["images_seen"] == 2
+
+
+def test_the_teacher_is_loaded_once(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], artifact.load
+
+    def count(name: str) -> artifact.Parts:
+        loaded.append(name)
+        return load(name)
+
+    monkeypatch.setattr(artifact, "load", count)
+    distill.main(arguments(models, tmp_path / "run", "--data", str(pictures)))
+    assert loaded == [str(models / "teacher")]
+
+
+def test_a_teacher_of_another_size_needs_pictures_and_eyes_of_its_own(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    with pytest.raises(errors.ConfigError, match=r"16 px .* --data, or prompts with --prompts"):
+        distill.main(arguments(models, tmp_path / "run"))
+    command = ["--teacher", str(models / "teacher"), "--out", str(tmp_path / "run"), "--data", str(pictures)]
+    with pytest.raises(errors.ConfigError, match="feature_network=dinov2"):
+        distill.main([*command, *SHORT])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_without_git_makes_students_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert distill._code_version() == distill.diffusion_kd.__version__
+
+
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "training.distill", *command], capture_output=True, text=True)
 
@@ -121,7 +160,7 @@ def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(
     (tmp_path / "empty").mkdir()
     for more, said in (
         (("--data", str(tmp_path / "empty")), "no metadata.jsonl"),
-        (("objective.student_steps=5",), "1 to 4 steps, not 5"),
+        (("objective.student_steps=5",), "must be 1, 2 or 4, not 5"),
     ):
         result = run(*arguments(models, out, *more))
         assert result.returncode == 2 and said in result.stderr

@@ -112,6 +112,115 @@ def test_an_interrupted_write_leaves_the_last_file(tmp_path: pathlib.Path, monke
     assert torch.load(path)["step"] == 1
 
 
+def checkpoint(folder: pathlib.Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(folder / loop.CHECKPOINT)
+    return content
+
+
+def test_a_run_that_used_up_its_time_trains_no_further(tmp_path: pathlib.Path) -> None:
+    limited = dataclasses.replace(CONFIG, images=10**9, time_limit_s=0.2)
+    first, _ = fit(tmp_path, limited)
+    reached = checkpoint(tmp_path)
+    assert reached["elapsed_s"] >= 0.2
+    assert loop.images_seen(tmp_path, limited) == reached["step"] * limited.batch_size > 0
+
+    def refuse(step: int, count: int) -> dict[str, Any]:
+        raise AssertionError("its time is over")
+
+    again, _ = fit(tmp_path, limited, refuse)
+    assert torch.equal(again.line.weight, first.line.weight)
+
+
+def test_a_checkpoint_that_knows_no_time_is_gone_on_with(tmp_path: pathlib.Path) -> None:
+    fit(tmp_path)
+    old = checkpoint(tmp_path)
+    del old["elapsed_s"]
+    loop.save_atomically(old, tmp_path / loop.CHECKPOINT)
+    fit(tmp_path, dataclasses.replace(CONFIG, images=44))
+    assert checkpoint(tmp_path)["step"] == 22
+
+
+def test_all_processes_go_by_the_main_ones_clock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.accelerate.utils, "broadcast", lambda tensor: torch.full_like(tensor, 1e9))
+    fit(tmp_path, dataclasses.replace(CONFIG, time_limit_s=1e6))
+    assert checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerate.Accelerator, "num_processes", 3)
+    with pytest.raises(errors.ConfigError, match="multiple of 3"):
+        fit(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hundred_skipped_steps_in_a_row_end_the_training(tmp_path: pathlib.Path) -> None:
+    def poisoned(step: int, count: int) -> dict[str, Any]:
+        return draw(step, count) | {"poison": step >= 5}
+
+    with pytest.raises(errors.TrainingError, match="toy: the last 100 steps up to step 105"):
+        fit(tmp_path, dataclasses.replace(CONFIG, images=1000), poisoned)
+
+
+def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Twice(loop._Progress):
+        def report(self, step: int) -> None:
+            self._since = loop.time.monotonic() - 1  # as if the steps had taken a second
+            assert float("nan") not in self._sums["loss"] and len(self._sums["loss"]) == 10
+            assert self._sums["a_skipped"] == self._sums["b_skipped"] == [0.0, 1.0] * 5
+            super().report(step)
+
+    monkeypatch.setattr(loop, "_Progress", Twice)
+    first, second = Toy(), Toy()
+    learners = [loop.Learner("a", first, 0.1), loop.Learner("b", second, 0.1)]
+
+    def poisoned(step: int, count: int) -> dict[str, Any]:
+        return draw(step, count) | {"poison": step % 2 == 1}
+
+    with caplog.at_level("INFO"):
+        loop.fit(accelerate.Accelerator(cpu=True), learners, poisoned, CONFIG, tmp_path, averaged=first)
+    assert "20 images/s" in caplog.records[0].getMessage()
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: pathlib.Path) -> None:
+    fit(tmp_path)
+    path = tmp_path / loop.CHECKPOINT
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(errors.ConfigError, match="cannot be read") as caught:
+            fit(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_there_must_be_something_to_restore(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(errors.ConfigError, match=r"no checkpoint\.pt"):
+        loop.restore(accelerate.Accelerator(cpu=True), [], draw, CONFIG, tmp_path, averaged=Toy())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("warmup_images", -1),
+        ("decay_share", 1.5),
+        ("ema_decay", 1.0),
+        ("max_grad_norm", 0.0),
+        ("time_limit_s", -1.0),
+        ("checkpoint_every_s", -1.0),
+        ("log_every_steps", 0),
+    ],
+)
+def test_settings_out_of_range_are_named(key: str, value: float) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{key} is {value!r}"):
+        dataclasses.replace(CONFIG, **{key: value})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("images", "batch_size"), [(0, 1), (1, 2), (4, 0)])
 def test_impossible_lengths_are_refused(images: int, batch_size: int) -> None:
     with pytest.raises(errors.ConfigError, match="at least one batch"):

@@ -7,10 +7,11 @@ import sys
 
 import numpy as np
 import PIL.Image
+import pytest
 import torch
 
 from diffusion_kd import artifact, pipeline
-from training import teacher
+from training import stages, teacher
 
 SHORT = [
     f"{stage}.{key}"
@@ -31,8 +32,8 @@ def weights(folder: pathlib.Path) -> dict[str, torch.Tensor]:
 def test_shapes_resumed_after_every_stage_equal_an_unbroken_run(tmp_path: pathlib.Path) -> None:
     command = ["--config", "shapes", "scenes=64", *SHORT]
     teacher.main([*command, "--out", str(tmp_path / "whole")])
-    for stages in ("[contrastive]", "[contrastive,vae]", "[contrastive,vae,decoder]", "[contrastive,vae,decoder,unet]"):
-        teacher.main([*command, f"stages={stages}", "--out", str(tmp_path / "parts")])
+    for chosen in ("[contrastive]", "[contrastive,vae]", "[contrastive,vae,decoder]", "[contrastive,vae,decoder,unet]"):
+        teacher.main([*command, f"stages={chosen}", "--out", str(tmp_path / "parts")])
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     sampler = pipeline.load_teacher(str(tmp_path / "whole" / "teacher"))
@@ -54,6 +55,9 @@ def test_a_folder_of_pictures_with_words_of_its_own(tmp_path: pathlib.Path) -> N
     loaded = artifact.load(str(tmp_path / "run" / "teacher"))
     first, _ = loaded.text.tokenizers
     assert first.tokenize("Katze zebra") == ["katze</w>", "zebra</w>"]
+    assert teacher.configs.load(teacher.TeacherConfig, str(tmp_path / "run" / "config.yaml")).vae.images == 4
+    for stage in ("contrastive", "vae", "unet"):  # several processes would wait for gradients that never come
+        assert not any("cells" in name for name in torch.load(tmp_path / "run" / stage / "checkpoint.pt")[stage])
 
 
 def test_latents_are_normalised_without_changing_pictures(tmp_path: pathlib.Path) -> None:
@@ -70,6 +74,21 @@ def test_latents_are_normalised_without_changing_pictures(tmp_path: pathlib.Path
         after = build.vae.decode(posterior.mean).sample
     assert torch.allclose(before, after, atol=1e-4)
     assert torch.allclose(posterior.mean.std((0, 2, 3)), torch.ones(12), atol=0.4)
+
+
+def test_half_a_tokenizer_is_never_read(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(tokenizer: object, folder: pathlib.Path) -> None:
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    config, images = teacher.TeacherConfig(), teacher.data.ShapesImages(8, 0)
+    monkeypatch.setattr(teacher.model, "save_tokenizer", cut)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.Build(config, tmp_path, images)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    build = teacher.Build(config, tmp_path, images)
+    assert "cells.read.weight" in stages.Contrastive(build.text, build.image_encoder, labelled=True).state_dict()
 
 
 def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: pathlib.Path) -> None:
