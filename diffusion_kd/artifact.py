@@ -271,8 +271,13 @@ def save_pipeline(
         for part, tokenizer in (("tokenizer", first), ("tokenizer_2", second)):
             # CLIP's own files too, for libraries that read those alone (transformers 4).
             tokenizer.backend_tokenizer.model.save(str(unfinished / part))
+        for part in ("unet", "vae", "scheduler"):
+            for path in (unfinished / part).glob("*config.json"):
+                _edit(path, remove="_name_or_path")
         for part in ("text_encoder", "text_encoder_2"):
-            _declare_float32(unfinished / part / "config.json")
+            # transformers goes by the stored precision, diffusers loads its parts in float32, and half precision text
+            # beside a float32 U-Net is an error.
+            _edit(unfinished / part / "config.json", remove="_name_or_path", dtype="float32")
         for name, text in (extra or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
 
@@ -315,13 +320,11 @@ def _put(new: pathlib.Path, folder: pathlib.Path) -> None:
     shutil.rmtree(old.parent)
 
 
-def _declare_float32(path: pathlib.Path) -> None:
-    """Let a text encoder load in float32 unless asked otherwise, as diffusers loads the other parts.
-
-    transformers goes by the stored precision; beside a float32 U-Net, half precision text is an error.
-    """
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+def _edit(path: pathlib.Path, *, remove: str, **changes: str) -> None:
+    """Change a saved config. `_name_or_path`, where a part was loaded from, tells strangers of our folders."""
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    config.pop(remove, None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def export_student(folder: pathlib.Path, *, parts: Parts, distillation: Distillation) -> None:

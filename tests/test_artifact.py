@@ -213,3 +213,9 @@ def test_a_download_takes_the_parts_alone(monkeypatch: pytest.MonkeyPatch) -> No
         "unet/diffusion_pytorch_model.safetensors",
     }
     assert set(taken) == wanted
+
+
+def test_an_export_does_not_tell_where_its_parts_came_from(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    artifact.save_pipeline(tmp_path / "again", parts=artifact.load(str(folder)))
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
