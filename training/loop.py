@@ -154,7 +154,8 @@ def fit(
             _check_skipped(learner.name, skipped[learner.name], step)
         state.update_average()
         if (step + 1) % config.log_every_steps == 0 or last:
-            progress.report(step + 1)
+            left_s = config.time_limit_s - elapsed_s if config.time_limit_s else float("inf")
+            progress.report(step + 1, max(left_s, 0.0))
             if on_report and progress.writer:
                 on_report((step + 1) * config.batch_size, state.result, progress.writer)
         due = time.monotonic() - saved > config.checkpoint_every_s or last
@@ -324,13 +325,14 @@ class _Progress:
         for name, value in values.items():
             self._sums[name].append(float(value.detach()))
 
-    def report(self, step: int) -> None:
+    def report(self, step: int, most_left_s: float = float("inf")) -> None:
+        """Report the means since the last time. most_left_s: until a time limit."""
         means = {name: sum(values) / len(values) for name, values in self._sums.items()}
         rate = (step - self._step) * self._batch_size / (time.monotonic() - self._since)
         if self.writer:
             for name, value in means.items():
                 self.writer.add_scalar(name, value, step * self._batch_size)
-            minutes = (self._steps - step) * self._batch_size / rate / 60
+            minutes = min((self._steps - step) * self._batch_size / rate, most_left_s) / 60
             shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
             _log.info("%s %d/%d  %s  %.0f images/s  %.1f min left", self._name, step, self._steps, shown, rate, minutes)
         self._sums.clear()
