@@ -167,11 +167,11 @@ def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Twice(loop._Progress):
-        def report(self, step: int) -> None:
+        def report(self, step: int, most_left_s: float = float("inf")) -> None:
             self._since = loop.time.monotonic() - 1  # as if the steps had taken a second
             assert float("nan") not in self._sums["loss"] and len(self._sums["loss"]) == 10
             assert self._sums["a_skipped"] == self._sums["b_skipped"] == [0.0, 1.0] * 5
-            super().report(step)
+            super().report(step, most_left_s)
 
     monkeypatch.setattr(loop, "_Progress", Twice)
     first, second = Toy(), Toy()
@@ -225,3 +225,10 @@ def test_settings_out_of_range_are_named(key: str, value: float) -> None:
 def test_impossible_lengths_are_refused(images: int, batch_size: int) -> None:
     with pytest.raises(errors.ConfigError, match="at least one batch"):
         loop.LoopConfig(images=images, batch_size=batch_size, learning_rate=0.1)
+
+
+def test_the_time_left_knows_the_limit(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    fit(tmp_path, dataclasses.replace(CONFIG, images=10**7, time_limit_s=0.5))
+    left = [float(record.args[-1]) for record in caplog.records if "min left" in record.msg and record.args]  # type: ignore[arg-type]
+    assert left and max(left) <= 0.5 / 60
