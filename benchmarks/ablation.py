@@ -115,8 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except errors.DiffusionKDError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    errors.run(main)

@@ -46,13 +46,6 @@ class PromptEncoder(nn.Module):
         )
         return first, second
 
-    def truncated(self, prompt: str) -> str | None:
-        """What of the prompt lies past the text encoders' window, or None if all of it is read."""
-        tokenizer = self.tokenizers[0]
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        rest = ids[tokenizer.model_max_length - 2 :]
-        return tokenizer.decode(rest) if rest else None
-
     def forward(self, ids: Tensor, ids_2: Tensor, size_px: tuple[int, int]) -> Conditioning:
         """Encode token ids. size_px: height and width, told to the U-Net as original and target size without crop."""
         first = self.text_encoder(ids, output_hidden_states=True)

@@ -12,6 +12,9 @@ Messages say what was wrong, what was given and what would do. Command lines pri
 exit with code 2; a traceback means a defect of ours.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class DiffusionKDError(Exception):
     """Root of all deliberate errors."""
@@ -44,3 +47,12 @@ class UnknownShapeError(DiffusionKDError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, to quote in one of ours; its class if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a command line: a deliberate error is its message on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except DiffusionKDError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

@@ -42,17 +42,6 @@ class Conditioning:
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
 
-    def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        return Conditioning(self.prompt_embeds[rows], self.pooled[rows], self.time_ids[rows])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        return Conditioning(
-            self.prompt_embeds.to(device, dtype), self.pooled.to(device, dtype), self.time_ids.to(device, dtype)
-        )
-
-    def detach(self) -> "Conditioning":
-        return Conditioning(self.prompt_embeds.detach(), self.pooled.detach(), self.time_ids.detach())
-
     @staticmethod
     def concatenate(parts: "list[Conditioning]") -> "Conditioning":
         return Conditioning(

@@ -47,8 +47,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except errors.DiffusionKDError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+    errors.run(main)

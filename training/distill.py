@@ -13,7 +13,6 @@ import math
 import pathlib
 import statistics
 import subprocess
-import sys
 from typing import Any
 
 import accelerate
@@ -286,8 +285,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except errors.DiffusionKDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.run(main)

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import logging
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -324,8 +323,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except errors.DiffusionKDError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    errors.run(main)
