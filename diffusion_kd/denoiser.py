@@ -57,3 +57,36 @@ class Denoiser(nn.Module):
         without, with_text = self(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
         weight = torch.as_tensor(guidance_scale, dtype=without.dtype, device=without.device).reshape(-1, 1, 1, 1)
         return without + weight * (with_text - without)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def endpoint(
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        guidance_scale: Tensor | float,
+        *,
+        steps: int,
+    ) -> Tensor:
+        """Where the probability flow ODE leads from x_t (B, C, h, w): x0 by DDIM's deterministic steps (eta = 0).
+
+        timesteps: (B,), each on the grid of `steps` trailing timesteps between pure noise and 0; an example starts at
+            its own. guidance_scale: one w, or (B,) of them.
+        Source: Song et al. 2021 (DDIM), equation 12; trailing grid: Lin et al. 2023.
+        """
+        grid = [len(self.schedule) * index // steps - 1 for index in range(steps, 0, -1)]
+        x_t, x0 = x_t.float().clone(), torch.zeros_like(x_t, dtype=torch.float32)
+        for now, following in zip(grid, [*grid[1:], None], strict=True):
+            active = (timesteps >= now).nonzero().flatten()
+            if not len(active):
+                continue
+            at = torch.full_like(timesteps[active], now)
+            scale = guidance_scale[active] if isinstance(guidance_scale, Tensor) else guidance_scale
+            clean = self.guided(x_t[active], at, cond[active], uncond[active], scale)
+            if following is None:
+                x0[active] = clean
+            else:
+                noise = self.schedule.noise_from(clean, x_t[active], at)
+                x_t[active] = self.schedule.add_noise(clean, noise, torch.full_like(at, following))
+        return x0

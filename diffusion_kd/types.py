@@ -42,6 +42,9 @@ class Conditioning:
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
 
+    def __getitem__(self, rows: Tensor) -> "Conditioning":
+        return Conditioning(self.prompt_embeds[rows], self.pooled[rows], self.time_ids[rows])
+
     @staticmethod
     def concatenate(parts: "list[Conditioning]") -> "Conditioning":
         return Conditioning(

@@ -1,7 +1,8 @@
 """Report how good students are against their teacher: `python -m eval.run --teacher DIR --student DIR`.
 
-Rows: the teacher at 50 guided steps; the teacher at 4 steps, guided and not: what a student must beat; the student,
-and optionally the shipped one, at each of its step counts. Writes `report.json` and `samples.png`.
+Rows: the teacher at 50 guided steps; the teacher at each of the students' step counts, guided and not: what a student
+must beat; the student, and optionally the shipped one, at each of its step counts. Writes `report.json` and
+`samples.png`.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from diffusion_kd import errors, pipeline
 from eval import compare, protocols, report
 
-TEACHER_STEPS, FEW_STEPS = 50, 4
+TEACHER_STEPS = 50
 UNGUIDED, STUDENT_GUIDANCE = 1.0, 0.0
 FEATURE_NETWORK = "shapes-encoder"
 
@@ -60,7 +61,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--shipped-student", help="a second student to compare with, usually shapes-student")
     parser.add_argument("--prompts", type=int, default=1024, help="how many; a quarter asks for held-out pairs")
     parser.add_argument("--seed", type=int, default=protocols.ShapesProtocol().seed, help="of prompts and pictures")
-    parser.add_argument("--steps", default="1,2,4", help="the students' step counts")
+    parser.add_argument("--steps", default="1,2,4", help="the students', and the untrained teacher's, step counts")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="the teacher's; above 1")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -81,7 +82,11 @@ def enter(settings: Settings) -> tuple[compare.Entrant, list[compare.Entrant]]:
     sampler, guidance = pipeline.load_teacher(settings.teacher), settings.guidance_scale
     sampler.to(settings.device)
     teacher = compare.Entrant(compare.TEACHER, sampler, TEACHER_STEPS, guidance)
-    others = [compare.Entrant(compare.TEACHER_FEW_STEPS, sampler, FEW_STEPS, scale) for scale in (guidance, UNGUIDED)]
+    others = [
+        compare.Entrant(compare.TEACHER_FEW_STEPS, sampler, steps, scale)
+        for steps in settings.steps
+        for scale in (guidance, UNGUIDED)
+    ]
     for model, name in ((compare.STUDENT, settings.student), (compare.SHIPPED_STUDENT, settings.shipped_student)):
         if name is not None:
             student = pipeline.load_student(name)

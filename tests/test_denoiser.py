@@ -71,3 +71,26 @@ def test_guiding_x0_is_guiding_the_prediction() -> None:
     ]
     expected = denoiser.schedule.x0_from(raw[0] + 5 * (raw[1] - raw[0]), x_t, timesteps, "v_prediction")
     assert torch.allclose(denoiser.guided(x_t, timesteps, cond, uncond, 5.0), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_endpoint_is_that_of_diffusers_ddim(guidance_scale: float) -> None:
+    denoiser, x_t, _, cond, uncond = guided_pair()
+    scheduler, schedule = model.build_noise_scheduler("v_prediction"), denoiser.schedule
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    theirs, half_way = x_t, x_t
+    for timestep in scheduler.timesteps:
+        half_way = theirs if timestep == 499 else half_way
+        now = torch.full((2,), int(timestep))
+        x0 = denoiser.guided(theirs, now, cond, uncond, guidance_scale)
+        velocity = schedule.velocity(x0, schedule.noise_from(x0, theirs, now), now)
+        theirs = scheduler.step(velocity, timestep, theirs).prev_sample
+    ends = denoiser.endpoint(x_t, torch.tensor([999, 999]), cond, uncond, guidance_scale, steps=4)
+    assert torch.allclose(ends, theirs, atol=1e-4)
+    # Each example starts at its own timestep.
+    mixed = torch.stack([x_t[0], half_way[1]])
+    scales = torch.full((2,), guidance_scale)
+    ends = denoiser.endpoint(mixed, torch.tensor([999, 499]), cond, uncond, scales, steps=4)
+    assert torch.allclose(ends, theirs, atol=1e-4)
+    assert not ends.requires_grad

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from diffusion_kd import errors, schedule
 from diffusion_kd.denoiser import Denoiser
-from diffusion_kd.losses import adversarial, distillation
+from diffusion_kd.losses import adversarial, distillation, perceptual
 from diffusion_kd.networks import discriminator, features
 from diffusion_kd.objectives.base import Batch, Phase
 from diffusion_kd.types import Conditioning
@@ -54,6 +54,9 @@ class ADDConfig:
     latent_weight: weight of heads on the frozen teacher's features of noised latents (Sauer et al. 2024, LADD).
     mismatch_weight: weight of real images with another's caption as further fakes (Kang et al. 2024).
     finite_difference_weight: R1 and R2 by finite differences (Lin et al. 2025) on the pixel heads' features.
+    trajectory_weight: weight of the distance, in the feature network's maps and in pixels, to where the teacher's
+        deterministic sampler leads from the student's own input: each noise keeps its picture (Hu et al. 2025, CMT).
+    trajectory_steps: of that sampler from pure noise; a multiple of student_steps.
     """
 
     student_steps: int = 4
@@ -71,6 +74,8 @@ class ADDConfig:
     latent_weight: float = 0.0
     mismatch_weight: float = 0.0
     finite_difference_weight: float = 0.0
+    trajectory_weight: float = 0.0
+    trajectory_steps: int = 8
 
     def __post_init__(self) -> None:
         schedule.student_timesteps(self.student_steps)
@@ -87,12 +92,15 @@ class ADDConfig:
             "latent_weight",
             "mismatch_weight",
             "finite_difference_weight",
+            "trajectory_weight",
         ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, name, value, "0 (off) or more")
         share = self.terminal_probability
         _require(share is None or 0 <= share <= 1, "terminal_probability", share, "null, or a share from 0 to 1")
-        terms = self.adversarial_weight + self.latent_weight + self.distillation_weight
+        fits = self.trajectory_steps >= 1 and self.trajectory_steps % self.student_steps == 0
+        _require(fits, "trajectory_steps", self.trajectory_steps, f"a multiple of student_steps, {self.student_steps}")
+        terms = self.adversarial_weight + self.latent_weight + self.distillation_weight + self.trajectory_weight
         _require(terms > 0, "adversarial_weight", self.adversarial_weight, "at least one weight above 0")
 
 
@@ -217,24 +225,29 @@ class StudentPhase(Phase):
         x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
         student_x0 = self.student(x_s, timesteps, batch.cond)
         in_pixels = bool(config.distillation_weight) and config.distance_space == "pixel"
-        images = objective.decode(student_x0) if config.adversarial_weight or in_pixels else None
-        seen = self._look(batch, images) if config.adversarial_weight else None
+        looks = bool(config.adversarial_weight or config.trajectory_weight)
+        images = objective.decode(student_x0) if looks or in_pixels else None
+        fake_maps = _float(objective.feature_network(images).maps) if looks else ()
+        seen = _Seen(self._look(batch.images), fake_maps) if config.adversarial_weight else None
         losses = self._adversarial(batch, student_x0, seen, at_end, generator)
         if config.distillation_weight:
             loss = self._distillation(batch, student_x0, images if in_pixels else None, generator)
             losses["distillation"] = config.distillation_weight * loss
+        if config.trajectory_weight:
+            assert images is not None, "the distance is in pixels"
+            end = objective.decode(self._endpoint(batch, x_s, timesteps, generator))
+            apart = perceptual.map_distance(fake_maps, self._look(end).maps).mean() + (images - end).square().mean()
+            losses["trajectory"] = config.trajectory_weight * apart
         if seen is not None:
             seen = _Seen(seen.real, tuple(layer.detach() for layer in seen.fake_maps))
         objective.fakes = _Fakes(student_x0.detach(), at_end, seen)
         return losses
 
-    def _look(self, batch: Batch, images: Tensor | None) -> _Seen:
+    @torch.no_grad()
+    def _look(self, images: Tensor) -> features.Features:
         (objective,) = self._objective
-        assert images is not None, "pixel heads need decoded images"
-        with torch.no_grad():
-            real = objective.feature_network(batch.images)
-        real = features.Features(_float(real.maps), real.vector.float())
-        return _Seen(real, _float(objective.feature_network(images).maps))
+        seen = objective.feature_network(images)
+        return features.Features(_float(seen.maps), seen.vector.float())
 
     def _adversarial(
         self, batch: Batch, student_x0: Tensor, seen: _Seen | None, at_end: Tensor, generator: torch.Generator
@@ -281,12 +294,24 @@ class StudentPhase(Phase):
             )
             target = distillation.nfsd_target(x0, with_text, without, negative, x_t, timesteps, teacher.schedule)
             return target, timesteps
-        if config.teacher_guidance == [1.0]:
-            return teacher(x_t, timesteps, batch.cond), timesteps
-        share = torch.rand(len(x0), generator=generator).to(x0.device)
-        weakest, strongest = config.teacher_guidance[0], config.teacher_guidance[-1]
-        guidance = weakest + (strongest - weakest) * share
+        guidance = self._guidance(x0, generator)
         return teacher.guided(x_t, timesteps, batch.cond, batch.uncond, guidance), timesteps
+
+    @torch.no_grad()
+    def _endpoint(self, batch: Batch, x_s: Tensor, timesteps: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents where the teacher's deterministic sampler leads from the student's input."""
+        (objective,) = self._objective
+        guidance = self._guidance(x_s, generator)
+        steps = objective.config.trajectory_steps
+        return objective.teacher.endpoint(x_s, timesteps, batch.cond, batch.uncond, guidance, steps=steps)
+
+    def _guidance(self, x0: Tensor, generator: torch.Generator) -> Tensor | float:
+        """The teacher's guidance scale, or (B,) of them drawn from the configured range."""
+        (objective,) = self._objective
+        weakest, strongest = objective.config.teacher_guidance[0], objective.config.teacher_guidance[-1]
+        if weakest == strongest:
+            return weakest
+        return weakest + (strongest - weakest) * torch.rand(len(x0), generator=generator).to(x0.device)
 
 
 class DiscriminatorPhase(Phase):

@@ -54,16 +54,15 @@ def test_a_whole_report(
     rows = written["rows"]
     assert [(row["model"], row["steps"], row["guidance_scale"]) for row in rows] == [
         ("teacher", 50, 2.0),
-        ("teacher_few_steps", 4, 2.0),
-        ("teacher_few_steps", 4, 1.0),
+        *(("teacher_few_steps", steps, scale) for steps in (1, 2, 4) for scale in (2.0, 1.0)),
         *(("student", steps, 0.0) for steps in (1, 2, 4)),
         *(("shipped_student", steps, 0.0) for steps in (1, 2, 4)),
     ]
     assert all(set(row) == ROW_KEYS for row in rows)
-    assert [row["prompt_accuracy"] for row in rows] == [1] * 3 + [0] * 6
+    assert [row["prompt_accuracy"] for row in rows] == [1] * 7 + [0] * 6
     assert rows[1]["lpips_to_teacher"] == 0
     teacher, student = models
-    assert set(teacher.asked) == {(50, 2.0), (4, 2.0), (4, 1.0)}
+    assert set(teacher.asked) == {(50, 2.0), *((steps, scale) for steps in (1, 2, 4) for scale in (2.0, 1.0))}
     assert set(student.asked) == {(1, 0.0), (2, 0.0), (4, 0.0)}
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines()[2:-1]] == [row["model"] for row in rows] + ["true"]

@@ -47,7 +47,8 @@ def test_the_paper_is_the_default() -> None:
     )
     assert config.text_condition and config.image_condition and config.distance_space == "pixel"
     assert config.terminal_probability is None
-    assert config.latent_weight == config.mismatch_weight == config.finite_difference_weight == 0
+    beyond = (config.latent_weight, config.mismatch_weight, config.finite_difference_weight, config.trajectory_weight)
+    assert beyond == (0, 0, 0, 0)
 
 
 def test_the_students_turn_trains_the_student_alone() -> None:
@@ -86,6 +87,8 @@ def test_terms_appear_as_configured() -> None:
     assert set(discriminator) == {"hinge", "r1", "hinge_latent", "mismatch", "finite_difference"}
     (alone,) = losses_of(build(adversarial_weight=0.0))
     assert set(alone) == {"distillation"}
+    (alone,) = losses_of(build(adversarial_weight=0.0, distillation_weight=0.0, trajectory_weight=1.0))
+    assert set(alone) == {"trajectory"}
     student, _ = losses_of(build(distillation_weight=0.0))
     assert set(student) == {"adversarial"}
 
@@ -155,7 +158,7 @@ def test_r1_reaches_the_heads_through_the_features_not_the_images() -> None:
     student, discriminator = objective.phases
     batch = tiny_batch(tiny_parts())
     student(batch)
-    assert looks == [False, True]  # the real images without a graph, the student's with one
+    assert looks == [True, False]  # the student's images with a graph, the real ones without
     discriminator(batch)["r1"].backward()
     assert len(looks) == 2
     assert with_gradient(objective.heads) > 0
@@ -215,6 +218,8 @@ def test_an_epsilon_teacher_without_terminal_signal_is_refused() -> None:
         {"distillation_weight": -1.0},
         {"adversarial_weight": float("nan")},
         {"terminal_probability": 1.5},
+        {"trajectory_steps": 0},
+        {"trajectory_steps": 6},
         {"adversarial_weight": 0.0, "distillation_weight": 0.0},
     ],
 )
@@ -236,3 +241,21 @@ def test_a_few_steps_pull_the_student_towards_its_target() -> None:
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.8 * history[0]
+
+
+def test_a_student_that_follows_its_teachers_trajectories_has_nothing_to_learn_of_them() -> None:
+    """At the last step of the sampler's grid the teacher's own x0 is the endpoint; one step earlier it is not."""
+    settings = {"adversarial_weight": 0.0, "distillation_weight": 0.0, "trajectory_weight": 1.0, "student_steps": 1}
+    for steps, at_rest in ((1, True), (4, False)):
+        for guidance in ([1.0], [3.0]):
+            objective = build(teacher_guidance=guidance, trajectory_steps=steps, **settings)
+            loss = losses_of(objective)[0]["trajectory"]
+            assert (loss.item() < 1e-9) == (at_rest and guidance == [1.0])
+
+
+def test_the_trajectory_term_has_a_gradient_towards_the_student_alone() -> None:
+    objective = build(trajectory_weight=1.0)
+    objective.phases[0](tiny_batch(tiny_parts()))["trajectory"].backward()
+    assert with_gradient(objective.student) > 0
+    for frozen in (objective.teacher, objective.vae, objective.feature_network, objective.heads):
+        assert with_gradient(frozen) == 0

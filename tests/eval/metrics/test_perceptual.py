@@ -6,26 +6,13 @@ from torch import Tensor
 
 import diffusion_kd  # noqa: F401 - lets torchvision, which lpips imports, load
 from diffusion_kd import errors
+from diffusion_kd.losses.perceptual import map_distance
 from diffusion_kd.networks import features
 from eval.metrics import perceptual
 
 
 def _images(seed: int, count: int = 2, size_px: int = 64) -> Tensor:
     return torch.rand(count, 3, size_px, size_px, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def test_orthogonal_channels_differ_by_two_at_each_position_and_length_does_not_count() -> None:
-    maps = torch.zeros(2, 2, 1, 2)
-    others = torch.zeros(2, 2, 1, 2)
-    maps[:, 0] = 3  # both positions point along channel 0
-    others[0, 1] = 5  # image 0: both along channel 1
-    others[1, 0, 0, 0], others[1, 1, 0, 1] = 7, 7  # image 1: one along channel 0, one along channel 1
-    assert perceptual.map_distance([maps], [others]).tolist() == pytest.approx([2, 1])
-
-
-def test_depths_add_up() -> None:
-    maps, others = [torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)], [-torch.ones(1, 1, 2, 2), -torch.ones(1, 1, 3, 3)]
-    assert perceptual.map_distance(maps, others).tolist() == pytest.approx([8])
 
 
 def test_zero_only_for_the_same_image_and_symmetric(network: features.FeatureNetwork) -> None:
@@ -46,7 +33,7 @@ def test_agrees_with_the_lpips_package_without_its_weights() -> None:
         maps, other_maps = (module.net(module.scaling_layer(batch)) for batch in (images, others))
         theirs = perceptual.from_lpips(module)(images, others)
     assert theirs.shape == (2,)
-    assert perceptual.map_distance(maps, other_maps).tolist() == pytest.approx(theirs.tolist(), rel=1e-4)
+    assert map_distance(maps, other_maps).tolist() == pytest.approx(theirs.tolist(), rel=1e-4)
 
 
 def test_images_of_another_range_or_size_are_refused(network: features.FeatureNetwork) -> None:
