@@ -65,14 +65,14 @@ class Denoiser(nn.Module):
         timesteps: Tensor,
         cond: Conditioning,
         uncond: Conditioning,
-        guidance_scale: Tensor | float,
+        guidance_scale: float,
         *,
         steps: int,
     ) -> Tensor:
         """Where the probability flow ODE leads from x_t (B, C, h, w): x0 by DDIM's deterministic steps (eta = 0).
 
         timesteps: (B,), each on the grid of `steps` trailing timesteps between pure noise and 0; an example starts at
-            its own. guidance_scale: one w, or (B,) of them.
+            its own.
         Source: Song et al. 2021 (DDIM), equation 12; trailing grid: Lin et al. 2023.
         """
         grid = [len(self.schedule) * index // steps - 1 for index in range(steps, 0, -1)]
@@ -82,8 +82,7 @@ class Denoiser(nn.Module):
             if not len(active):
                 continue
             at = torch.full_like(timesteps[active], now)
-            scale = guidance_scale[active] if isinstance(guidance_scale, Tensor) else guidance_scale
-            clean = self.guided(x_t[active], at, cond[active], uncond[active], scale)
+            clean = self.guided(x_t[active], at, cond[active], uncond[active], guidance_scale)
             if following is None:
                 x0[active] = clean
             else:

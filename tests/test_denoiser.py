@@ -90,7 +90,6 @@ def test_the_endpoint_is_that_of_diffusers_ddim(guidance_scale: float) -> None:
     assert torch.allclose(ends, theirs, atol=1e-4)
     # Each example starts at its own timestep.
     mixed = torch.stack([x_t[0], half_way[1]])
-    scales = torch.full((2,), guidance_scale)
-    ends = denoiser.endpoint(mixed, torch.tensor([999, 499]), cond, uncond, scales, steps=4)
+    ends = denoiser.endpoint(mixed, torch.tensor([999, 499]), cond, uncond, guidance_scale, steps=4)
     assert torch.allclose(ends, theirs, atol=1e-4)
     assert not ends.requires_grad

@@ -52,11 +52,12 @@ class ADDConfig:
     Beyond the paper:
     terminal_probability: share of examples at the last timestep (pure noise); null draws all alike.
     latent_weight: weight of heads on the frozen teacher's features of noised latents (Sauer et al. 2024, LADD).
+    latent_timesteps: the noise is drawn uniformly from this closed range; the less noise, the finer what they judge.
     mismatch_weight: weight of real images with another's caption as further fakes (Kang et al. 2024).
     finite_difference_weight: R1 and R2 by finite differences (Lin et al. 2025) on the pixel heads' features.
     trajectory_weight: weight of the distance, in the feature network's maps and in pixels, to where the teacher's
         deterministic sampler leads from the student's own input: each noise keeps its picture (Hu et al. 2025, CMT).
-    trajectory_steps: of that sampler from pure noise; a multiple of student_steps.
+    trajectory_steps: of that sampler from pure noise; a multiple of student_steps. trajectory_guidance: its w.
     """
 
     student_steps: int = 4
@@ -72,18 +73,22 @@ class ADDConfig:
     image_condition: bool = True
     terminal_probability: float | None = None
     latent_weight: float = 0.0
+    latent_timesteps: list[int] = dataclasses.field(default_factory=lambda: [20, 980])
     mismatch_weight: float = 0.0
     finite_difference_weight: float = 0.0
     trajectory_weight: float = 0.0
     trajectory_steps: int = 8
+    trajectory_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         schedule.student_timesteps(self.student_steps)
         _require(self.weighting in ("exp", "sds", "nfsd"), "weighting", self.weighting, "exp, sds or nfsd")
         _require(self.distance_space in ("pixel", "latent"), "distance_space", self.distance_space, "pixel or latent")
         _require(len(self.teacher_guidance) in (1, 2), "teacher_guidance", self.teacher_guidance, "[w] or [low, high]")
-        low, high = self.teacher_timesteps if len(self.teacher_timesteps) == 2 else (1, 0)
-        _require(0 <= low <= high <= 999, "teacher_timesteps", self.teacher_timesteps, "[low, high] within 0 and 999")
+        for name in ("teacher_timesteps", "latent_timesteps"):
+            value = getattr(self, name)
+            low, high = value if len(value) == 2 else (1, 0)
+            _require(0 <= low <= high <= 999, name, value, "[low, high] within 0 and 999")
         _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "1 or more")
         for name in (
             "adversarial_weight",
@@ -188,7 +193,8 @@ class ADD:
 
     def judge_latents(self, x0: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
         """Latent heads' logits of x0, noised to random timesteps."""
-        timesteps = torch.randint(20, 981, (len(x0),), generator=generator).to(x0.device)
+        low, high = self.config.latent_timesteps
+        timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
         x_t = self.teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
         maps = self.latent_features(x_t, timesteps, batch.cond)
         told = [batch.cond.pooled.float()] if self.config.text_condition else []
@@ -234,10 +240,9 @@ class StudentPhase(Phase):
             loss = self._distillation(batch, student_x0, images if in_pixels else None, generator)
             losses["distillation"] = config.distillation_weight * loss
         if config.trajectory_weight:
-            assert images is not None, "the distance is in pixels"
-            end = objective.decode(self._endpoint(batch, x_s, timesteps, generator))
-            apart = perceptual.map_distance(fake_maps, self._look(end).maps).mean() + (images - end).square().mean()
-            losses["trajectory"] = config.trajectory_weight * apart
+            assert images is not None, "the trajectory's distance is in pixels"
+            loss = self._trajectory(batch, x_s, timesteps, images, fake_maps)
+            losses["trajectory"] = config.trajectory_weight * loss
         if seen is not None:
             seen = _Seen(seen.real, tuple(layer.detach() for layer in seen.fake_maps))
         objective.fakes = _Fakes(student_x0.detach(), at_end, seen)
@@ -294,24 +299,23 @@ class StudentPhase(Phase):
             )
             target = distillation.nfsd_target(x0, with_text, without, negative, x_t, timesteps, teacher.schedule)
             return target, timesteps
-        guidance = self._guidance(x0, generator)
+        guidance: Tensor | float = config.teacher_guidance[0]
+        if len(config.teacher_guidance) == 2:
+            weakest, strongest = config.teacher_guidance
+            guidance = weakest + (strongest - weakest) * torch.rand(len(x0), generator=generator).to(x0.device)
         return teacher.guided(x_t, timesteps, batch.cond, batch.uncond, guidance), timesteps
 
-    @torch.no_grad()
-    def _endpoint(self, batch: Batch, x_s: Tensor, timesteps: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents where the teacher's deterministic sampler leads from the student's input."""
+    def _trajectory(
+        self, batch: Batch, x_s: Tensor, timesteps: Tensor, images: Tensor, maps: Sequence[Tensor]
+    ) -> Tensor:
+        """How far the student's images are from where the teacher's deterministic sampler leads from its input."""
         (objective,) = self._objective
-        guidance = self._guidance(x_s, generator)
-        steps = objective.config.trajectory_steps
-        return objective.teacher.endpoint(x_s, timesteps, batch.cond, batch.uncond, guidance, steps=steps)
-
-    def _guidance(self, x0: Tensor, generator: torch.Generator) -> Tensor | float:
-        """The teacher's guidance scale, or (B,) of them drawn from the configured range."""
-        (objective,) = self._objective
-        weakest, strongest = objective.config.teacher_guidance[0], objective.config.teacher_guidance[-1]
-        if weakest == strongest:
-            return weakest
-        return weakest + (strongest - weakest) * torch.rand(len(x0), generator=generator).to(x0.device)
+        config = objective.config
+        end = objective.teacher.endpoint(
+            x_s, timesteps, batch.cond, batch.uncond, config.trajectory_guidance, steps=config.trajectory_steps
+        )
+        target = objective.decode(end)
+        return perceptual.map_distance(maps, self._look(target).maps).mean() + (images - target).square().mean()
 
 
 class DiscriminatorPhase(Phase):

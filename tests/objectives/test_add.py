@@ -214,6 +214,7 @@ def test_an_epsilon_teacher_without_terminal_signal_is_refused() -> None:
         {"teacher_guidance": []},
         {"teacher_timesteps": [900, 20]},
         {"teacher_timesteps": [20]},
+        {"latent_timesteps": [20, 1000]},
         {"r1_interval": 0},
         {"distillation_weight": -1.0},
         {"adversarial_weight": float("nan")},
@@ -247,10 +248,10 @@ def test_a_student_that_follows_its_teachers_trajectories_has_nothing_to_learn_o
     """At the last step of the sampler's grid the teacher's own x0 is the endpoint; one step earlier it is not."""
     settings = {"adversarial_weight": 0.0, "distillation_weight": 0.0, "trajectory_weight": 1.0, "student_steps": 1}
     for steps, at_rest in ((1, True), (4, False)):
-        for guidance in ([1.0], [3.0]):
-            objective = build(teacher_guidance=guidance, trajectory_steps=steps, **settings)
+        for guidance in (1.0, 3.0):
+            objective = build(trajectory_guidance=guidance, trajectory_steps=steps, **settings)
             loss = losses_of(objective)[0]["trajectory"]
-            assert (loss.item() < 1e-9) == (at_rest and guidance == [1.0])
+            assert (loss.item() < 1e-9) == (at_rest and guidance == 1)
 
 
 def test_the_trajectory_term_has_a_gradient_towards_the_student_alone() -> None:
