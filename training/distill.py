@@ -24,6 +24,7 @@ from torch.utils import tensorboard
 
 import diffusion_kd
 from diffusion_kd import artifact, errors, pipeline
+from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
 from diffusion_kd.objectives.base import Batch
@@ -116,7 +117,9 @@ def launch(config: DistillConfig) -> accelerate.Accelerator:
 class Distillation:
     """One run: a teacher, its student, the data and a folder.
 
+    start: a student to go on from, by name or folder; the teacher itself if None.
     parts: the teacher, if it is loaded already. accelerator: from `launch`, if it is made already.
+    Raises ModelError if the start is not of the teacher's architecture.
     """
 
     def __init__(
@@ -126,15 +129,20 @@ class Distillation:
         images: data.CaptionedImages,
         folder: pathlib.Path,
         *,
+        start: str | None = None,
         parts: artifact.Parts | None = None,
         accelerator: accelerate.Accelerator | None = None,
     ) -> None:
         self.config, self.teacher_name, self.images, self.folder = config, teacher, images, folder
+        self.start = start
         self.code = _code_version()
         self.accelerator = accelerator or launch(config)
         self.parts = (parts or artifact.load(teacher)).to(self.accelerator.device)
         torch.manual_seed(config.seed)
-        student = copy.deepcopy(self.parts.denoiser()).requires_grad_(True)
+        student = copy.deepcopy(self.parts.denoiser())
+        if start is not None:
+            _go_on_from(student, start)
+        student.requires_grad_(True)
         self.objective = add.ADD(
             config.objective,
             student=student,
@@ -220,6 +228,7 @@ class Distillation:
                 size_px=parts.size_px,
                 lineage={
                     "teacher": self.teacher_name,
+                    "start": self.start,
                     "data": self.images.source,
                     "images_seen": loop.images_seen(self.folder / "training", self.config.training),
                     "seed": self.config.seed,
@@ -229,6 +238,23 @@ class Distillation:
             ),
         )
         _log.info("exported %s", self.folder / "student")
+
+
+def _go_on_from(student: Denoiser, start: str) -> None:
+    """Give a copy of the teacher the weights of an earlier student."""
+    earlier = artifact.load(start)
+    if earlier.scheduler.config.prediction_type != student.prediction_type:
+        raise errors.ModelError(
+            f"{start} predicts {earlier.scheduler.config.prediction_type} and the teacher {student.prediction_type}; "
+            "start from a student of this teacher"
+        )
+    try:
+        student.unet.load_state_dict(earlier.unet.state_dict())
+    except RuntimeError as error:
+        raise errors.ModelError(
+            f"{start} is not of the teacher's architecture ({errors.first_line(error)}); "
+            "start from a student of this teacher"
+        ) from None
 
 
 def _code_version() -> str:
@@ -251,6 +277,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     source.add_argument(
         "--prompts", type=pathlib.Path, help="a text file, a prompt a line: the teacher makes the images"
     )
+    parser.add_argument("--student", help="an earlier student to go on from (a folder, a hub id or shapes-student)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
     parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
     return parser.parse_args(arguments)
@@ -277,7 +304,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     else:
         images = data.ShapesImages(config.scenes, config.seed)
-    distillation = Distillation(config, given.teacher, images, given.out, parts=parts, accelerator=accelerator)
+    distillation = Distillation(
+        config, given.teacher, images, given.out, start=given.student, parts=parts, accelerator=accelerator
+    )
     given.out.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         configs.save(config, given.out / "config.yaml")

@@ -111,6 +111,33 @@ def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, t
     assert artifact.resolve(str(out / "student")).is_dir()
 
 
+def test_a_student_goes_on_from_an_earlier_one(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    distill.main([*arguments(models, first, "--data", str(pictures)), "training.learning_rate=1e-2"])
+    started = ["--data", str(pictures), "--student", str(first / "student")]
+    distill.main([*arguments(models, second, *started), "training.learning_rate=1e-9", "training.ema_decay=0"])
+    earlier, later = (artifact.load(str(run / "student")).unet.state_dict() for run in (first, second))
+    original = artifact.load(str(models / "teacher")).unet.state_dict()
+    assert all(torch.allclose(later[name], earlier[name], atol=1e-6) for name in original)
+    assert not all(torch.allclose(later[name], original[name], atol=1e-3) for name in original)
+    assert artifact.read_distillation(str(second / "student")).lineage["start"] == str(first / "student")
+
+
+def test_a_start_of_another_kind_is_refused(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    artifact.save_pipeline(tmp_path / "epsilon", parts=toys.tiny_parts("epsilon"))
+    for start, message in (
+        (str(tmp_path / "epsilon"), "predicts epsilon and the teacher v_prediction"),
+        ("shapes-student", "not of the teacher's architecture"),
+    ):
+        with pytest.raises(errors.ModelError, match=message):
+            distill.main(arguments(models, tmp_path / "run", "--data", str(pictures), "--student", start))
+    assert not (tmp_path / "run" / "student").exists()
+
+
 def test_a_time_limited_run_says_what_it_saw(
     models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
