@@ -32,9 +32,10 @@ VARIANTS: dict[str, list[str]] = {
     "nfsd weighting": ["objective.weighting=nfsd", "negative_prompt=a blurry mess"],
     "latent distance": ["objective.distance_space=latent"],
     "+ terminal bias": ["objective.terminal_probability=0.5"],
-    "+ latent heads": ["objective.latent_weight=1"],
+    "+ latent heads": ["objective.latent_weight=0.3", "objective.latent_timesteps=[20,400]"],
     "+ mismatched captions": ["objective.mismatch_weight=0.5"],
     "+ finite differences": ["objective.finite_difference_weight=1"],
+    "+ trajectories": ["objective.trajectory_weight=1"],
 }
 STEPS = (1, 4)
 MEASURES = ("prompt_accuracy", "frechet_distance", "clip_score", "diversity_ratio")

@@ -1,12 +1,14 @@
 """Toys of the true architecture: an SDXL pipeline of a few thousand weights, and a feature network."""
 
+from typing import Any
+
 import diffusers
 import torch
 import transformers
 from torch import Tensor, nn
 
 from diffusion_kd import artifact, conditioning
-from diffusion_kd.networks import features
+from diffusion_kd.networks import discriminator, features
 from diffusion_kd.objectives.base import Batch
 from diffusion_kd.shapes import model
 
@@ -98,3 +100,12 @@ def tiny_batch(parts: artifact.Parts, count: int = 4, step: int = 0, seed: int =
         step=step,
         seed=(seed,),
     )
+
+
+def taught(heads: nn.Module) -> Any:
+    """Discriminator heads that have learnt something: fresh ones judge everything 0."""
+    torch.manual_seed(5)
+    for module in heads.modules():
+        if isinstance(module, discriminator.Head) and module.project is not None:
+            module.project.reset_parameters()
+    return heads

@@ -2,7 +2,8 @@
 
 One head for each depth; a head judges every token of its map and is conditioned by projection on what the picture
 should show. The architecture follows StyleGAN-T's discriminator (Sauer et al. 2023), which ADD uses; GroupNorm
-stands in for its batch statistics, so that an example's judgement does not depend on its batch.
+stands in for its batch statistics, so that an example's judgement does not depend on its batch. A conditioned head
+starts at judgement 0 everywhere: a head that has learnt nothing yet pushes the student nowhere.
 
 Also here: the teacher's own U-Net as a feature network, for judging noised latents (Sauer et al. 2024, LADD).
 """
@@ -40,6 +41,9 @@ class Head(nn.Module):
         self.first, self.second = _block(channels, 1), _block(channels, kernel)
         self.judge = _convolution(channels, _PROJECTION if condition_dim else 1, 1)
         self.project = nn.Linear(condition_dim, _PROJECTION) if condition_dim else None
+        if self.project is not None:
+            nn.init.zeros_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Tensor:
         """features: (B, C, h, w); condition: (B, condition_dim). Returns logits (B, h * w), unbounded."""

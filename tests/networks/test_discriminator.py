@@ -18,8 +18,8 @@ def test_a_head_judges_every_token_of_its_map() -> None:
 
 
 def test_conditions_change_the_judgement() -> None:
+    heads = toys.taught(discriminator.Heads((8, 16), [5, 3])).eval()
     torch.manual_seed(0)
-    heads = discriminator.Heads((8, 16), [5, 3]).eval()
     text, image = torch.randn(3, 5), torch.randn(3, 3)
     plain = heads(maps(), [text, image])
     for told in ([text.roll(1, 0), image], [text, image.roll(1, 0)]):
@@ -28,13 +28,21 @@ def test_conditions_change_the_judgement() -> None:
     assert torch.allclose(heads(maps(), [2 * text, 3 * image])[0], plain[0], atol=1e-5)
 
 
+def test_a_fresh_head_pushes_the_student_nowhere_and_can_learn() -> None:
+    heads, layers = discriminator.Heads((8, 16), [5]), [layer.requires_grad_() for layer in maps()]
+    logits = heads(layers, [torch.randn(3, 5)])
+    torch.stack([head.mean() for head in logits]).sum().backward()
+    assert all(not head.any() for head in logits) and all(not layer.grad.any() for layer in layers)  # type: ignore[union-attr]
+    assert all(head.project.weight.grad.any() for head in heads.heads)
+
+
 def test_heads_without_conditions() -> None:
     logits = discriminator.Heads((8, 16), [])(maps(), [])
     assert [tuple(head.shape) for head in logits] == [(3, 16), (3, 16)]
 
 
 def test_an_example_is_judged_alone() -> None:
-    heads = discriminator.Heads((8, 16), [5]).eval()
+    heads = toys.taught(discriminator.Heads((8, 16), [5])).eval()
     told = torch.randn(3, 5)
     together = heads(maps(), [told])
     alone = heads([layer[:1] for layer in maps()], [told[:1]])

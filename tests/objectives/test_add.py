@@ -9,19 +9,21 @@ from torch import nn
 
 from diffusion_kd import errors
 from diffusion_kd.objectives import add
-from tests.toys import ToyFeatures, tiny_batch, tiny_parts
+from tests.toys import ToyFeatures, taught, tiny_batch, tiny_parts
 
 
 def build(prediction_type: str = "v_prediction", **settings: Any) -> add.ADD:
     parts = tiny_parts(prediction_type)
     torch.manual_seed(2)
-    return add.ADD(
+    objective = add.ADD(
         add.ADDConfig(**settings),
         student=copy.deepcopy(parts.denoiser()).requires_grad_(True),
         teacher=parts.denoiser(),
         vae=parts.vae,
         feature_network=ToyFeatures(),
     )
+    taught(objective.heads)
+    return objective
 
 
 def losses_of(objective: add.ADD, step: int = 0) -> list[dict[str, torch.Tensor]]:
