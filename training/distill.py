@@ -184,13 +184,13 @@ class Distillation:
         images = data.to_tensor(self.images.images_uint8(indices)).to(self.accelerator.device)
         size = (images.shape[-2], images.shape[-1])
         cond = self.parts.text.encode(self.images.captions(indices, step), size)
-        negative = self.parts.text.encode([self.config.negative_prompt] * count, size)
+        negative = self.config.negative_prompt
         batch = Batch(
             images=images,
             latents=self._encode(images),
             cond=cond,
             uncond=pipeline.no_prompt(cond),
-            negative=negative,
+            negative=self.parts.text.encode([negative] * count, size) if negative else None,
             step=step,
             seed=(self.config.seed, rank),
         )

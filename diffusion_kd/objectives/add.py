@@ -294,6 +294,7 @@ class StudentPhase(Phase):
         timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
         x_t = teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
         if config.weighting == "nfsd":
+            assert batch.negative is not None, "nfsd needs a negative prompt"
             with_text, without, negative = (
                 teacher(x_t, timesteps, cond) for cond in (batch.cond, batch.uncond, batch.negative)
             )

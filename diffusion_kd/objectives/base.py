@@ -16,7 +16,7 @@ class Batch:
     """One batch of real, captioned images.
 
     images: (B, 3, H, W) in [-1, 1]. latents: (B, C, h, w), the same images encoded.
-    cond: their captions; uncond: no caption; negative: a negative prompt, for NFSD alone.
+    cond: their captions; uncond: no caption; negative: a negative prompt, which NFSD needs.
     step: counts batches from 0; lazy regularisation goes by it. seed: decides every random draw of the batch.
     """
 
@@ -24,7 +24,7 @@ class Batch:
     latents: Tensor
     cond: Conditioning
     uncond: Conditioning
-    negative: Conditioning
+    negative: Conditioning | None
     step: int
     seed: tuple[int, ...]
 
