@@ -27,7 +27,7 @@ from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
-from diffusion_kd.objectives.base import Batch
+from diffusion_kd.objectives.base import Batch, Objective
 from diffusion_kd.shapes import model
 from training import config as configs
 from training import data, loop
@@ -143,7 +143,7 @@ class Distillation:
         if start is not None:
             _go_on_from(student, start)
         student.requires_grad_(True)
-        self.objective = add.ADD(
+        self.objective: Objective = add.ADD(
             config.objective,
             student=student,
             teacher=self.parts.denoiser(),

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.types import Conditioning
 
 
@@ -52,5 +53,5 @@ class Objective(Protocol):
     def phases(self) -> tuple[Phase, ...]: ...
 
     @property
-    def student(self) -> nn.Module:
-        """The network that is averaged, sampled and exported."""
+    def student(self) -> Denoiser:
+        """Whose U-Net is averaged, sampled and exported."""
