@@ -18,3 +18,12 @@ def map_distance(maps: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
         for one, other in zip(maps, others, strict=True)
     ]
     return torch.stack(depths).sum(0)
+
+
+def pseudo_huber(squared: Tensor, turn: float = 0.03) -> Tensor:
+    """sqrt(d^2 + c^2) - c of squared distances d^2: squared below c = `turn`, straight above.
+
+    Small errors keep their pull, and the great ones at pure noise do not drown those of the other timesteps.
+    Source: Song & Dhariwal 2023 (improved consistency training), equation 7.
+    """
+    return (squared + turn**2).sqrt() - turn

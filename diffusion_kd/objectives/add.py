@@ -316,7 +316,8 @@ class StudentPhase(Phase):
             x_s, timesteps, batch.cond, batch.uncond, config.trajectory_guidance, steps=config.trajectory_steps
         )
         target = objective.decode(end)
-        return perceptual.map_distance(maps, self._look(target).maps).mean() + (images - target).square().mean()
+        squared = perceptual.map_distance(maps, self._look(target).maps)
+        return perceptual.pseudo_huber(squared).mean() + (images - target).abs().mean()
 
 
 class DiscriminatorPhase(Phase):

@@ -18,3 +18,11 @@ def test_orthogonal_channels_differ_by_two_at_each_position_and_length_does_not_
 def test_depths_add_up() -> None:
     maps, others = [torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3)], [-torch.ones(1, 1, 2, 2), -torch.ones(1, 1, 3, 3)]
     assert perceptual.map_distance(maps, others).tolist() == pytest.approx([8])
+
+
+def test_pseudo_huber_is_squared_for_small_distances_and_straight_for_great_ones() -> None:
+    distances = torch.tensor([0.0, 1e-3, 2e-3, 10.0, 20.0], dtype=torch.float64)
+    none, one, two, ten, twenty = perceptual.pseudo_huber(distances**2).tolist()
+    assert none == 0
+    assert two / one == pytest.approx(4, rel=1e-2)
+    assert twenty - ten == pytest.approx(10, rel=1e-3)
