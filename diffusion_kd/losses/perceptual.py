@@ -24,6 +24,6 @@ def pseudo_huber(squared: Tensor, turn: float = 0.03) -> Tensor:
     """sqrt(d^2 + c^2) - c of squared distances d^2: squared below c = `turn`, straight above.
 
     Small errors keep their pull, and the great ones at pure noise do not drown those of the other timesteps.
-    Source: Song & Dhariwal 2023 (improved consistency training), equation 7.
+    Source: Song & Dhariwal 2023 (improved consistency training), section 3.3.
     """
     return (squared + turn**2).sqrt() - turn
