@@ -85,6 +85,12 @@ class ADDConfig:
         _require(self.weighting in ("exp", "sds", "nfsd"), "weighting", self.weighting, "exp, sds or nfsd")
         _require(self.distance_space in ("pixel", "latent"), "distance_space", self.distance_space, "pixel or latent")
         _require(len(self.teacher_guidance) in (1, 2), "teacher_guidance", self.teacher_guidance, "[w] or [low, high]")
+        for name, scales in (
+            ("teacher_guidance", self.teacher_guidance),
+            ("trajectory_guidance", [self.trajectory_guidance]),
+        ):
+            fits = all(math.isfinite(scale) and scale >= 0 for scale in scales)
+            _require(fits, name, getattr(self, name), "finite, 0 or more; 1 is no guidance")
         for name in ("teacher_timesteps", "latent_timesteps"):
             value = getattr(self, name)
             low, high = value if len(value) == 2 else (1, 0)

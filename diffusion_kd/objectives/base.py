@@ -3,6 +3,7 @@
 Adding an objective touches no loop code.
 """
 
+import abc
 import dataclasses
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class Batch:
     seed: tuple[int, ...]
 
 
-class Phase(nn.Module):
+class Phase(nn.Module, abc.ABC):
     """One network's turn within a step.
 
     Its parameters are those that learn in this phase and no others: a wrapper for data-parallel training may take
@@ -39,8 +40,8 @@ class Phase(nn.Module):
 
     name: str
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]: ...
 
 
 class Objective(Protocol):

@@ -222,6 +222,8 @@ def test_an_epsilon_teacher_without_terminal_signal_is_refused() -> None:
         {"adversarial_weight": float("nan")},
         {"terminal_probability": 1.5},
         {"trajectory_steps": 0},
+        {"trajectory_guidance": float("nan")},
+        {"teacher_guidance": [-1.0]},
         {"trajectory_steps": 6},
         {"adversarial_weight": 0.0, "distillation_weight": 0.0},
     ],
