@@ -25,6 +25,8 @@ VARIANTS: dict[str, list[str]] = {
     "adversarial term only": ["objective.distillation_weight=0"],
     "distillation term only": ["objective.adversarial_weight=0"],
     "without R1": ["objective.r1_weight=0"],
+    "stronger R1": ["objective.r1_weight=0.3"],
+    "weaker adversarial term": ["objective.adversarial_weight=0.05"],
     "without text condition": ["objective.text_condition=false"],
     "without image condition": ["objective.image_condition=false"],
     "without either condition": ["objective.text_condition=false", "objective.image_condition=false"],
@@ -89,9 +91,9 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/ablation"))
-    parser.add_argument("--images", type=int, default=8000, help="training examples of each run")
+    parser.add_argument("--images", type=int, default=3200, help="training examples of each run")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument(
         "--guidance-scale", type=float, default=2.0, help="of the teacher that students are held against"
     )
