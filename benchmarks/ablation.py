@@ -12,7 +12,7 @@ import logging
 import pathlib
 import sys
 
-from diffusion_kd import errors, pipeline
+from diffusion_kd import errors, files, pipeline
 from eval import compare, protocols
 from eval import run as evaluation
 from training import config as configs
@@ -98,7 +98,10 @@ def main() -> None:
         "--guidance-scale", type=float, default=2.0, help="of the teacher that students are held against"
     )
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; all if none is named")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
+    files.check_folder(given.out)
+    if given.seeds < 1:
+        raise errors.ConfigError(f"--seeds must be 1 or more, not {given.seeds}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     unknown = [variant for variant in given.variants if variant not in VARIANTS]
     if unknown:

@@ -7,14 +7,11 @@ estimate through fresh noise at the trained timesteps, so `num_inference_steps=N
 is right. `distillation.json` carries what inference must not get wrong, and where the student came from.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -24,7 +21,7 @@ import torch
 import transformers
 from torch import nn
 
-from diffusion_kd import _progress, errors, types
+from diffusion_kd import _progress, errors, files, types
 from diffusion_kd.conditioning import PromptEncoder
 from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.schedule import NoiseSchedule
@@ -85,6 +82,10 @@ class Distillation:
     lineage: dict[str, Any]
     guidance_scale: float = 0.0
 
+    def steps(self) -> dict[int, list[int]]:
+        """`student_timesteps` with its keys as numbers, which JSON has not."""
+        return {int(steps): [int(one) for one in timesteps] for steps, timesteps in self.student_timesteps.items()}
+
 
 def resolve(name_or_path: str, weights: Sequence[str] = _PARTS_WEIGHTS) -> pathlib.Path:
     """The local folder of a shipped name, a folder, or a hub id (downloaded). Raises ModelError.
@@ -99,10 +100,10 @@ def resolve(name_or_path: str, weights: Sequence[str] = _PARTS_WEIGHTS) -> pathl
             )
         return SHIPPED[name_or_path]
     path = pathlib.Path(name_or_path)
-    if path.exists():
+    if name_or_path and path.is_dir():
         return path
     shipped = ", ".join(sorted(SHIPPED))
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
+    if path.is_file() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
         raise errors.ModelError(
             f"no model {name_or_path!r}: not a folder, not a hub id (owner/name), not one of {shipped}"
         )
@@ -149,7 +150,10 @@ def _check_kind(name: str, parts: Parts) -> None:
     if kind is None:
         scheduler = type(parts.scheduler).__name__
         raise errors.ModelError(f"{name}: its {scheduler} has no prediction_type; give a model with SDXL's schedulers")
-    types.prediction_type(kind)
+    try:
+        types.prediction_type(kind)
+    except errors.ModelError as error:
+        raise errors.ModelError(f"{name}: {error}") from None
     seen, made = parts.unet.config.in_channels, parts.vae.config.latent_channels
     if seen != made:
         raise errors.ModelError(
@@ -184,10 +188,11 @@ def _load_whole(kind: Any, folder: pathlib.Path, **options: torch.dtype) -> Any:
 
 
 def _load_scheduler(folder: pathlib.Path) -> diffusers.SchedulerMixin:
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    kind = getattr(diffusers, config.get("_class_name", ""), None)
-    if kind is None:
-        raise ValueError(f"diffusers has no scheduler {config.get('_class_name')!r}")
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    kind: Any = getattr(diffusers, str(name), object)
+    if diffusers.SchedulerMixin not in kind.__mro__:
+        raise ValueError(f"diffusers has no scheduler {name!r}")
     return kind.from_config(config)
 
 
@@ -207,12 +212,15 @@ def read_distillation(name_or_path: str) -> Distillation:
         version = content.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise errors.ArtifactError(f"{path} has schema version {version}; this release reads {SCHEMA_VERSION}")
-        return Distillation(**content)
+        distillation = Distillation(**content)
+        if not distillation.steps():
+            raise ValueError("student_timesteps is empty")
+        return distillation
     except FileNotFoundError:
         raise errors.ArtifactError(
             f"{name_or_path} is not an exported student: it has no {DISTILLATION_FILE}"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise errors.ArtifactError(f"{path} is malformed: {error}") from None
 
 
@@ -265,7 +273,7 @@ def save_pipeline(
     pipeline = diffusers.StableDiffusionXLPipeline(
         **halves, tokenizer=first, tokenizer_2=second, scheduler=parts.scheduler, add_watermarker=False
     )
-    with written_whole(folder) as unfinished:
+    with files.written_whole(folder) as unfinished:
         with _progress.hidden():
             pipeline.save_pretrained(unfinished)
         for part, tokenizer in (("tokenizer", first), ("tokenizer_2", second)):
@@ -290,34 +298,6 @@ def _copy_to_cpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         weights[id(parameter)] = nn.Parameter(weight, requires_grad=False)
     # nn.Module's own `to`: diffusers' warns of an empty list of modules that it would rather not convert.
     return nn.Module.to(copy.deepcopy(module, weights), "cpu", dtype)
-
-
-@contextlib.contextmanager
-def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        unfinished = pathlib.Path(temporary) / folder.name
-        yield unfinished
-        for weights in unfinished.rglob("*.safetensors"):
-            weights.chmod(0o644)
-        _put(unfinished, folder)
-
-
-def _put(new: pathlib.Path, folder: pathlib.Path) -> None:
-    """Rename `new` to `folder`. The old one stays, under a hidden name, until the new one stands."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old.")) / folder.name
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        old.parent.rmdir()
-        raise
-    shutil.rmtree(old.parent)
 
 
 def _edit(path: pathlib.Path, *, remove: str, **changes: str) -> None:

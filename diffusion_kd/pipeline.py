@@ -164,7 +164,6 @@ def load_student(name_or_path: str) -> FewStepPipeline:
     So it does if `distillation.json` and the scheduler disagree on what the U-Net predicts.
     """
     distillation = artifact.read_distillation(name_or_path)
-    timesteps = {int(steps): timesteps for steps, timesteps in distillation.student_timesteps.items()}
     parts = artifact.load(name_or_path)
     said, found = distillation.prediction_type, parts.scheduler.config.prediction_type
     if said != found:
@@ -172,7 +171,7 @@ def load_student(name_or_path: str) -> FewStepPipeline:
             f"{name_or_path}: {artifact.DISTILLATION_FILE} says prediction type {said!r} and the scheduler {found!r}; "
             "export the student anew"
         )
-    return FewStepPipeline(parts, timesteps)
+    return FewStepPipeline(parts, distillation.steps())
 
 
 def trained_timesteps(most_steps: int) -> dict[str, list[int]]:

@@ -35,6 +35,8 @@ class ShapesProtocol:
         for name, least in (("prompts", 8), ("seed", 0), ("diversity_prompts", 1), ("diversity_seeds", 2)):
             if getattr(self, name) < least:
                 raise errors.ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.seed >= 2**62:  # torch's generators end at 2**63, and every picture has a seed of its own
+            raise errors.ConfigError(f"seed must be below 2**62, not {self.seed}")
 
     @property
     def held_out(self) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import tempfile
@@ -14,7 +13,6 @@ import PIL.Image
 import torch
 
 import diffusion_kd
-from diffusion_kd import errors
 from diffusion_kd.shapes import scenes
 from eval import compare, embedding, grid
 
@@ -140,20 +138,9 @@ def _heading(entrant: compare.Entrant) -> str:
 # --- on disk ----------------------------------------------------------------------------------------
 
 
-def check_folder(folder: pathlib.Path) -> None:
-    """Make the folder's parents. Raises ConfigError where no report can be written, before any work is done."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise errors.ConfigError(f"no report can be written to {folder}: {error}") from None
-    if folder.exists() and not folder.is_dir():
-        raise errors.ConfigError(f"no report can be written to {folder}: it is a file; give a folder")
-    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        raise errors.ConfigError(f"no report can be written to {folder}: no permission to write there")
-
-
 def write(folder: pathlib.Path, report: Mapping[str, Any], grid: PIL.Image.Image) -> None:
     """Write `report.json` and `samples.png`; an earlier report there is replaced, and no file is ever half-written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         draft = pathlib.Path(beside)
         grid.save(draft / SAMPLES_NAME)

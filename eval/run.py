@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffusion_kd import errors, pipeline
+from diffusion_kd import errors, files, pipeline
 from eval import compare, protocols, report
 
 TEACHER_STEPS = 50
@@ -98,7 +98,7 @@ def enter(settings: Settings) -> tuple[compare.Entrant, list[compare.Entrant]]:
 def run(settings: Settings) -> str:
     """Examine, write the report, and return its table."""
     protocol = protocols.ShapesProtocol(prompts=settings.prompts, seed=settings.seed)
-    report.check_folder(settings.out)
+    files.check_folder(settings.out)
     teacher, others = enter(settings)
     network = pipeline.load_feature_network(FEATURE_NETWORK).to(settings.device)
     exam = compare.Exam(protocol, network, batch_size=settings.batch_size)

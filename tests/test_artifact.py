@@ -62,7 +62,7 @@ def test_a_cut_off_file_is_an_error_of_ours(folder: pathlib.Path) -> None:
         artifact.load(str(folder))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c"])
+@pytest.mark.parametrize("name", ["", "nowhere", "./nowhere", "a/b/c", __file__])
 def test_an_unknown_name_says_what_would_do(name: str) -> None:
     with pytest.raises(errors.ModelError, match="shapes-teacher"):
         artifact.resolve(name)
@@ -83,6 +83,14 @@ def test_a_newer_schema_is_refused(tmp_path: pathlib.Path) -> None:
     path = export(tmp_path / "student", "v_prediction") / artifact.DISTILLATION_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     with pytest.raises(errors.ArtifactError, match="version 99"):
+        artifact.read_distillation(str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize("timesteps", [[999], {"four": [999]}, {"1": 999}, {}])
+def test_malformed_timesteps_are_refused(tmp_path: pathlib.Path, timesteps: object) -> None:
+    path = export(tmp_path / "student", "v_prediction") / artifact.DISTILLATION_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"student_timesteps": timesteps}))
+    with pytest.raises(errors.ArtifactError, match="is malformed"):
         artifact.read_distillation(str(tmp_path / "student"))
 
 
@@ -175,6 +183,10 @@ def test_a_scheduler_without_prediction_type_is_refused(folder: pathlib.Path) ->
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     with pytest.raises(errors.ModelError, match="FlowMatchEulerDiscreteScheduler has no prediction_type"):
         artifact.load(str(folder))
+    for content in ("[1]", '{"_class_name": "AutoencoderKL"}', '{"_class_name": "Nothing"}'):
+        (folder / "scheduler" / "scheduler_config.json").write_text(content)
+        with pytest.raises(errors.ModelError, match="diffusers has no scheduler"):
+            artifact.load(str(folder))
 
 
 @pytest.mark.parametrize(

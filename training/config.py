@@ -1,8 +1,9 @@
 """Configs: a YAML file over a dataclass of defaults, then `key=value` overrides. A config that exists is valid."""
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import omegaconf
@@ -24,22 +25,19 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
     Raises ConfigError for a missing file, an unknown key, a value of the wrong type, or what the schema itself refuses.
     """
     base = omegaconf.OmegaConf.structured(schema)
+    given = [omegaconf.OmegaConf.create(_read(name_or_path)), *(_override(text) for text in overrides)]
     try:
-        for override in overrides:
-            if "=" not in override:
-                raise errors.ConfigError(f"override {override!r} is not of the form key=value")
-        merged = omegaconf.OmegaConf.merge(
-            base, omegaconf.OmegaConf.create(_read(name_or_path)), omegaconf.OmegaConf.from_dotlist(list(overrides))
-        )
+        merged = omegaconf.OmegaConf.merge(base, *given)
         return cast(Config, omegaconf.OmegaConf.to_object(merged))
     except omegaconf.errors.ConfigKeyError as error:
         owner: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         known = ", ".join(field.name for field in dataclasses.fields(owner))
         raise errors.ConfigError(f"unknown config key {error.full_key!r}; known keys are {known}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise errors.ConfigError(f"config key {error.full_key!r}: {str(error).splitlines()[0]}") from None
-    except yaml.YAMLError as error:
-        raise errors.ConfigError(f"{name_or_path} is not YAML: {' '.join(str(error).split())}") from None
+        where = f"config key {error.full_key!r}" if error.full_key else "a group of keys was given a value"
+        raise errors.ConfigError(
+            f"{where}: {errors.first_line(error)} (a list is [a, b], a key in a group group.key)"
+        ) from None
 
 
 def save(config: object, path: pathlib.Path) -> None:
@@ -47,10 +45,55 @@ def save(config: object, path: pathlib.Path) -> None:
     path.write_text(omegaconf.OmegaConf.to_yaml(omegaconf.OmegaConf.structured(config)))
 
 
+def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) -> None:
+    """Make a run's folder remember what the run starts from, so that no other run goes on with its checkpoints.
+
+    origin: what decides the result besides its length, as JSON. write: whether this process is the one that writes.
+    Raises ConfigError if a run of another origin stands there.
+    """
+    path = folder / "origin.json"
+    wanted = json.loads(json.dumps(origin))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(wanted.keys() | found.keys()):
+            if wanted.get(key) != found.get(key):
+                raise errors.ConfigError(
+                    f"{folder} holds a run with {key} = {found.get(key)!r}, not {wanted.get(key)!r}; "
+                    "give another --out, or what that run was started with"
+                )
+    elif write:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+
+def require(fits: bool, key: str, given: object, wanted: str) -> None:
+    """Raise ConfigError unless a setting fits."""
+    if not fits:
+        raise errors.ConfigError(f"{key} is {given!r}; it must be {wanted}")
+
+
+def require_seed(seed: int) -> None:
+    require(0 <= seed < 2**63, "seed", seed, "0 or more and below 2**63")
+
+
+def _override(text: str) -> Any:
+    if not text.partition("=")[0].strip() or "=" not in text:
+        raise errors.ConfigError(f"override {text!r} is not of the form key=value")
+    try:
+        return omegaconf.OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise errors.ConfigError(f"override {text!r}: {errors.first_line(error)}") from None
+
+
 def _read(name_or_path: str) -> dict[str, object]:
     for path in (pathlib.Path(name_or_path), FOLDER / f"{name_or_path}.yaml"):
         if path.is_file():
-            content = yaml.safe_load(path.read_text()) or {}
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise errors.ConfigError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from None
             if not isinstance(content, dict):
                 raise errors.ConfigError(f"{path} holds a {type(content).__name__}, not a table of keys")
             return content

@@ -31,7 +31,7 @@ class CaptionedImages(Protocol):
     """Runs of this many neighbours differ by one fact: hard negatives for contrastive training. 1: none."""
 
     source: str
-    """Shapes or which folder, and how many."""
+    """Shapes or which folder, how many, and what tells them from others."""
 
     def __len__(self) -> int: ...
 
@@ -86,7 +86,9 @@ class FolderImages:
         self._items = _read_metadata(folder)
         for path, _ in self._items:
             _open(path)
-        self.source = f"folder {folder}, {len(self._items)} images"
+        listed = "\n".join(f"{path.relative_to(folder)}\t{text}" for path, text in self._items)
+        digest = hashlib.sha256(listed.encode()).hexdigest()[:8]
+        self.source = f"folder {folder.resolve().name}, {len(self._items)} images, captions {digest}"
 
     def __len__(self) -> int:
         return len(self._items)
@@ -109,27 +111,33 @@ def _read_metadata(folder: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
         raise errors.DataError(
             f'{folder} has no metadata.jsonl; write a line {{"file_name": …, "text": …}} for each image'
         )
-    items = []
-    for number, line in enumerate(_lines(metadata), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            name, text = entry["file_name"], entry["text"]
-            if not isinstance(name, str):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise errors.DataError(
-                f'{metadata}, line {number}: not of the form {{"file_name": …, "text": …}}: {line[:80]}'
-            ) from None
-        if not isinstance(text, str) or not text.strip():
-            raise errors.DataError(f"{metadata}, line {number}: the caption of {name} is empty")
-        if not (folder / name).is_file():
-            raise errors.DataError(f"{metadata}, line {number}: there is no file {folder / name}")
-        items.append((folder / name, text.strip()))
+    items = [
+        _read_line(folder, line, f"{metadata}, line {number}")
+        for number, line in enumerate(_lines(metadata), 1)
+        if line.strip()
+    ]
     if not items:
         raise errors.DataError(f"{metadata} names no images")
     return items
+
+
+def _read_line(folder: pathlib.Path, line: str, where: str) -> tuple[pathlib.Path, str]:
+    try:
+        entry = json.loads(line)
+        name, text = entry["file_name"], entry["text"]
+        if not isinstance(name, str):
+            raise TypeError
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise errors.DataError(f'{where}: not of the form {{"file_name": …, "text": …}}: {line[:80]}') from None
+    if not isinstance(text, str) or not text.strip():
+        raise errors.DataError(f"{where}: the caption of {name} is empty")
+    try:
+        there = (folder / name).is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
+        raise errors.DataError(f"{where}: there is no file {str(folder / name)[:200]}")
+    return folder / name, text.strip()
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -143,8 +151,10 @@ def _lines(path: pathlib.Path) -> list[str]:
 def _open(path: pathlib.Path) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut off all above 255
+                raise errors.DataError(f"{path} has more than 8 bits a channel ({image.mode}); save it with 8")
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise errors.DataError(f"{path} cannot be read as an image: {error}") from None
 
 

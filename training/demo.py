@@ -8,7 +8,7 @@ import logging
 import pathlib
 import sys
 
-from diffusion_kd import artifact, errors
+from diffusion_kd import artifact, errors, files
 from eval import run as evaluation
 from training import config as configs
 from training import data, distill
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise errors.ConfigError(f"--minutes must be above 0 and at most a day, not {given.minutes:g}")
     if given.prompts < 8:
         raise errors.ConfigError(f"--prompts must be 8 or more, not {given.prompts}")
+    files.check_folder(given.out)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     short = [f"training.time_limit_s={given.minutes * 60}", "training.ema_decay=0.98"]
     config = configs.load(distill.DistillConfig, "shapes_add_plus", short)

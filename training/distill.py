@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import tensorboard
 
 import diffusion_kd
-from diffusion_kd import artifact, errors, pipeline
+from diffusion_kd import artifact, errors, files, pipeline
 from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
@@ -63,8 +63,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         eyes = self.feature_network.split(":")
+        configs.require_seed(self.seed)
         for name, fits, wanted in (
-            ("seed", self.seed >= 0, "0 or more"),
             ("scenes", self.scenes >= data.ShapesImages.group_size, f"{data.ShapesImages.group_size} or more"),
             (
                 "feature_network",
@@ -79,8 +79,7 @@ class DistillConfig:
                 "set for the nfsd weighting, for example to 'a blurry mess'",
             ),
         ):
-            if not fits:
-                raise errors.ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+            configs.require(fits, name, getattr(self, name), wanted)
 
     def check_size(self, size_px: int, *, shapes: bool) -> None:
         """Raise ConfigError if a teacher of this size cannot learn from shapes (if asked to) or be judged as set."""
@@ -154,7 +153,8 @@ class Distillation:
         )
 
     def run(self) -> pathlib.Path:
-        """Train and export. Returns the artifact's folder."""
+        """Train and export. Returns the artifact's folder. Raises ConfigError if another run stands in its own."""
+        self._claim()
         rates = {
             "student": self.config.training.learning_rate,
             "discriminator": self.config.discriminator_learning_rate,
@@ -176,6 +176,15 @@ class Distillation:
             self._export(averaged)
         self.accelerator.wait_for_everyone()
         return self.folder / "student"
+
+    def _claim(self) -> None:
+        settings = dataclasses.asdict(self.config)
+        origin = {"teacher": self.teacher_name, "start": self.start, "data": self.images.source}
+        origin["batch_size"] = settings.pop("training")["batch_size"]
+        first = self.accelerator.is_main_process
+        configs.claim(self.folder, origin | settings, write=first)
+        if first:
+            configs.save(self.config, self.folder / "config.yaml")
 
     def _draw(self, step: int, count: int) -> dict[str, Any]:
         rank = self.accelerator.process_index
@@ -280,13 +289,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", help="an earlier student to go on from (a folder, a hub id or shapes-student)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
     parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(DistillConfig, given.config, given.overrides)
+    files.check_folder(given.out)
     accelerator = launch(config)
     parts = artifact.load(given.teacher)
     config.check_size(parts.size_px, shapes=given.data is None and given.prompts is None)
@@ -307,9 +317,6 @@ def main(arguments: list[str] | None = None) -> None:
     distillation = Distillation(
         config, given.teacher, images, given.out, start=given.student, parts=parts, accelerator=accelerator
     )
-    given.out.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        configs.save(config, given.out / "config.yaml")
     distillation.run()
 
 

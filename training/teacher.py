@@ -14,6 +14,7 @@ On several GPUs `accelerate launch -m training.teacher`, on two cores `torchrun 
 import argparse
 import dataclasses
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from diffusion_kd import artifact, conditioning, errors, types
+from diffusion_kd import artifact, conditioning, errors, files, types
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.shapes import model
 from training import config as configs
@@ -74,6 +75,12 @@ class TeacherConfig:
     )
 
     def __post_init__(self) -> None:
+        configs.require_seed(self.seed)
+        fewest = data.ShapesImages.group_size
+        configs.require(self.scenes >= fewest, "scenes", self.scenes, f"{fewest} or more")
+        configs.require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "a share from 0 to 1")
+        for name in ("cell_weight", "kl_weight"):
+            configs.require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise errors.ConfigError(f"prediction_type is {self.prediction_type!r}; it must be epsilon or v_prediction")
         unknown = set(self.stages) - set(STAGES)
@@ -102,6 +109,11 @@ class Build:
         self.train_further = train_further
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
         self.config, self.folder, self.images = config, folder, images
+        settings = dataclasses.asdict(config)
+        kept = {
+            key: settings[key] for key in ("seed", "prediction_type", "caption_dropout", "cell_weight", "kl_weight")
+        }
+        configs.claim(folder, {"data": images.source, **kept}, write=self.accelerator.is_main_process)
         self.labelled = self._labels([0]) is not None
         torch.manual_seed(config.seed)
         tokenizer = self._tokenizer()
@@ -121,7 +133,7 @@ class Build:
             count = min(len(self.images), 20_000)
             tokenizer = model.build_tokenizer(self.images.captions(range(count), self.config.seed))
             if self.accelerator.is_main_process:
-                with artifact.written_whole(folder) as unfinished:
+                with files.written_whole(folder) as unfinished:
                     model.save_tokenizer(tokenizer, unfinished)
         self.accelerator.wait_for_everyone()
         return transformers.CLIPTokenizer.from_pretrained(folder)
@@ -299,7 +311,7 @@ class Build:
         """Write the teacher as an SDXL-layout pipeline folder, and the embedded feature network beside it."""
         parts = artifact.Parts(self.unet, self.vae, self.text, model.build_noise_scheduler(self.config.prediction_type))
         artifact.save_pipeline(self.folder / "teacher", parts=parts)
-        with artifact.written_whole(self.folder / "encoder") as unfinished:
+        with files.written_whole(self.folder / "encoder") as unfinished:
             model.save_clip(self.clip, self.text.tokenizers[0], unfinished)
         _log.info("exported %s and %s", self.folder / "teacher", self.folder / "encoder")
 
@@ -311,11 +323,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/teacher"), help="the run's folder")
     parser.add_argument("--export-now", action="store_true", help="train no further; export what the checkpoints hold")
     parser.add_argument("overrides", nargs="*", help="key=value")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(TeacherConfig, given.config, given.overrides)
+    files.check_folder(given.out)
     images = _images(config, given.data)
-    given.out.mkdir(parents=True, exist_ok=True)
     build = Build(config, given.out, images, train_further=not given.export_now)
     if build.accelerator.is_main_process:
         configs.save(config, given.out / "config.yaml")

@@ -140,7 +140,12 @@ class OpenClipFeatures(TextImageNetwork):
         if architecture not in open_clip.list_models():
             raise errors.ModelError(f"open_clip knows no model {architecture!r}; see open_clip.list_models()")
         self.name = f"open_clip-{architecture}"
-        self.clip = open_clip.create_model(architecture, pretrained=weights)
+        try:
+            self.clip = open_clip.create_model(architecture, pretrained=weights)
+        except (RuntimeError, OSError) as error:
+            raise errors.ModelError(
+                f"open_clip cannot load {architecture} with weights {weights!r}: {errors.first_line(error)}"
+            ) from None
         self.tokenizer = open_clip.get_tokenizer(architecture)
         visual = self.clip.visual
         layers = len(visual.transformer.resblocks)

@@ -148,7 +148,7 @@ def test_a_file_in_the_folder_s_place_ends_in_code_2_before_any_work(
 ) -> None:
     (tmp_path / "report").write_text("mine")
     assert run.main(_arguments(tmp_path)) == 2
-    assert "it is a file" in capsys.readouterr().err
+    assert "is a file; give a folder" in capsys.readouterr().err
     assert (tmp_path / "report").read_text() == "mine"
     assert models[0].asked == []
 

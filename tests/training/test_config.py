@@ -57,6 +57,11 @@ def test_overrides_reach_nested_keys() -> None:
         ("objective.weighting=nfsd", "negative_prompt is ''"),
         ("training.images=0", "at least one batch"),
         ("seed", "not of the form key=value"),
+        ("=5", "not of the form key=value"),
+        ("seed=99999999999999999999", "below 2"),
+        ("objective.teacher_guidance=[1", "override 'objective.teacher_guidance"),
+        ("objective=5", "a group of keys was given a value"),
+        ("objective.teacher_guidance=2", r"a list is \[a, b\]"),
     ],
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:
@@ -73,9 +78,10 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(errors.ConfigError, match="holds a list"):
         config.load(distill.DistillConfig, str(tmp_path / "list.yaml"))
-    (tmp_path / "broken.yaml").write_text("a: [1\n")
-    with pytest.raises(errors.ConfigError):
-        config.load(distill.DistillConfig, str(tmp_path / "broken.yaml"))
+    for content in (b"a: [1\n", "seed: 1 # W\u00fcrfel".encode("latin-1")):
+        (tmp_path / "broken.yaml").write_bytes(content)
+        with pytest.raises(errors.ConfigError, match=r"broken\.yaml is not YAML in UTF-8"):
+            config.load(distill.DistillConfig, str(tmp_path / "broken.yaml"))
 
 
 def test_a_saved_config_loads_to_itself(tmp_path: pathlib.Path) -> None:
@@ -100,6 +106,10 @@ def test_every_variant_of_the_ablation_is_valid() -> None:
     ("override", "message"),
     [
         ("prediction_type=sample", "epsilon or v_prediction"),
+        ("seed=-1", "seed is -1"),
+        ("scenes=3", "scenes is 3"),
+        ("caption_dropout=2", "caption_dropout is 2"),
+        ("kl_weight=nan", "kl_weight is nan"),
         ("stages=[unett]", "unett"),
         ("stages=[]", "at least one"),
         ("stages=[vae,contrastive]", "in the order"),
@@ -112,3 +122,12 @@ def test_every_variant_of_the_ablation_is_valid() -> None:
 def test_bad_teachers_are_named(override: str, message: str) -> None:
     with pytest.raises(errors.ConfigError, match=message):
         config.load(teacher.TeacherConfig, "shapes", [override])
+
+
+def test_a_folder_remembers_what_its_run_started_from(tmp_path: pathlib.Path) -> None:
+    config.claim(tmp_path / "run", {"teacher": "a", "seed": 0}, write=False)
+    assert not (tmp_path / "run").exists()
+    for _ in range(2):
+        config.claim(tmp_path / "run", {"teacher": "a", "seed": 0}, write=True)
+    with pytest.raises(errors.ConfigError, match="a run with teacher = 'a', not 'b'"):
+        config.claim(tmp_path / "run", {"teacher": "b", "seed": 0}, write=True)

@@ -1,5 +1,6 @@
 """Captioned images: the same asked twice is the same, and a bad folder is named before anything is trained."""
 
+import io
 import json
 import pathlib
 
@@ -67,6 +68,7 @@ def test_to_tensor_has_the_promised_range() -> None:
         ('{"file_name": "a.png"}', "line 1"),
         ('{"file_name": "a.png", "text": "  "}', "caption of a.png is empty"),
         ('{"file_name": "b.png", "text": "x"}', "there is no file"),
+        (json.dumps({"file_name": "b" * 5000, "text": "x"}), "there is no file"),
         ("not json", "line 1"),
         ('["a.png"]', "line 1"),
         ('{"file_name": 3, "text": "x"}', "line 1"),
@@ -80,6 +82,17 @@ def test_bad_metadata_is_named(tmp_path: pathlib.Path, line: str, message: str) 
         data.FolderImages(folder, 16)
 
 
+def damaged_png() -> bytes:
+    """A PNG whose second piece of pixels bears a name that no piece has: Pillow raises SyntaxError."""
+    written = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(written, "PNG")
+    first, second, rest = written.getvalue().partition(b"IDAT")
+    before, _, after = rest.partition(b"IDAT")
+    assert after, "the picture is too small for two pieces"
+    return first + second + before + b"\0\0\0\0" + after
+
+
 def test_missing_folders_metadata_and_unreadable_images_are_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.DataError, match="no folder"):
         data.FolderImages(tmp_path / "nowhere", 16)
@@ -89,6 +102,12 @@ def test_missing_folders_metadata_and_unreadable_images_are_named(tmp_path: path
     folder = folder_with(tmp_path / "f", [{"file_name": "a.png", "text": "x"}])
     (folder / "a.png").write_bytes(b"not a picture")
     with pytest.raises(errors.DataError, match=r"a\.png cannot be read"):
+        data.FolderImages(folder, 16)
+    (folder / "a.png").write_bytes(damaged_png())
+    with pytest.raises(errors.DataError, match=r"a\.png cannot be read"):
+        data.FolderImages(folder, 16)
+    PIL.Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(folder / "a.png")
+    with pytest.raises(errors.DataError, match="more than 8 bits"):
         data.FolderImages(folder, 16)
     (folder / "a.png").write_bytes(b"")
     with pytest.raises(errors.DataError, match=r"a\.png cannot be read"):

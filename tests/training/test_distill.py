@@ -77,7 +77,7 @@ def test_a_folder_of_pictures_makes_a_student(
     assert (
         lineage["teacher"] == str(models / "teacher") and lineage["config"]["objective"]["distillation_weight"] == 2.5
     )
-    assert lineage["images_seen"] == 8 and lineage["data"] == f"folder {pictures}, 5 images"
+    assert lineage["images_seen"] == 8 and lineage["data"].startswith("folder pictures, 5 images, captions ")
     assert (out / "config.yaml").is_file() and list((out / "training").glob("events*"))
 
 
@@ -100,6 +100,26 @@ def test_a_finished_run_started_again_only_exports(
     shutil.rmtree(tmp_path / "run" / "student")
     distill.main(command)
     assert weights.read_bytes() == before
+
+
+def test_a_folder_of_another_run_is_refused(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    command = arguments(models, tmp_path / "run", "--data", str(pictures))
+    distill.main(command)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    for change, message in (
+        (["--student", str(tmp_path / "run" / "student")], "a run with start = None"),
+        (["objective.distillation_weight=1"], "a run with objective = "),
+        (["seed=1"], "a run with seed = 0, not 1"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            distill.main([*command, *change])
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    distill.main([*command, "training.images=10"])  # a longer run goes on
+    (pictures / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "another caption"}')
+    with pytest.raises(errors.ConfigError, match="a run with data = "):
+        distill.main(command)
 
 
 def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, tmp_path: pathlib.Path) -> None:

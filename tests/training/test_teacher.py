@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusion_kd import artifact, pipeline
+from diffusion_kd import artifact, errors, pipeline
 from training import stages, teacher
 
 SHORT = [
@@ -60,6 +60,13 @@ def test_a_folder_of_pictures_with_words_of_its_own(tmp_path: pathlib.Path) -> N
         assert not any("cells" in name for name in torch.load(tmp_path / "run" / stage / "checkpoint.pt")[stage])
 
 
+def test_a_folder_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
+    command = [*SHORT, "stages=[vae]", "--out", str(tmp_path / "run")]
+    teacher.main(["scenes=64", *command])
+    with pytest.raises(errors.ConfigError, match="a run with data = 'shapes, 64 scenes', not 'shapes, 32 scenes'"):
+        teacher.main(["scenes=32", *command])
+
+
 def test_latents_are_normalised_without_changing_pictures(tmp_path: pathlib.Path) -> None:
     build = teacher.Build(
         teacher.configs.load(teacher.TeacherConfig, "shapes", ["scenes=64", *SHORT]),
@@ -86,16 +93,18 @@ def test_half_a_tokenizer_is_never_read(tmp_path: pathlib.Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         teacher.Build(config, tmp_path, images)
     monkeypatch.undo()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["origin.json"]
     build = teacher.Build(config, tmp_path, images)
     assert "cells.read.weight" in stages.Contrastive(build.text, build.image_encoder, labelled=True).state_dict()
 
 
 def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "run"
+    (tmp_path / "file").write_text("")
     for more, said in (
         (["--data", str(tmp_path / "nowhere")], "no folder"),
         (["unet.lr=1"], "unknown config key 'unet.lr'"),
+        (["scenes=64", "--out", str(tmp_path / "file" / "run")], "is a file"),
     ):
         command = [sys.executable, "-m", "training.teacher", "--out", str(out), *more]
         result = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,47 @@
+"""Where a command may write, and folders that appear whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from diffusion_kd import errors
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raise ConfigError where no folder can be made or written to; makes nothing. For the first line of a command."""
+    standing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not standing.is_dir():
+        raise errors.ConfigError(f"nothing can be written to {folder}: {standing} is a file; give a folder")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise errors.ConfigError(f"nothing can be written to {folder}: no permission to write in {standing}")
+
+
+@contextlib.contextmanager
+def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        unfinished = pathlib.Path(temporary) / folder.name
+        yield unfinished
+        for weights in unfinished.rglob("*.safetensors"):
+            weights.chmod(0o644)
+        _put(unfinished, folder)
+
+
+def _put(new: pathlib.Path, folder: pathlib.Path) -> None:
+    """Rename `new` to `folder`. The old one stays, under a hidden name, until the new one stands."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old.")) / folder.name
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        old.parent.rmdir()
+        raise
+    shutil.rmtree(old.parent)
