@@ -9,7 +9,7 @@ DiffusionKDError
 └── UnknownShapeError      a word outside the shapes domain
 
 Messages say what was wrong, what was given and what would do. Command lines print the message alone and
-exit with code 2; a traceback means a defect of ours.
+exit with code 2 (a launcher of several processes adds its own report and code); a traceback means a defect of ours.
 """
 
 import sys
