@@ -44,6 +44,12 @@ class UnknownShapeError(DiffusionKDError):
     """A word outside the shapes domain."""
 
 
+def require(fits: bool, key: str, given: object, wanted: str) -> None:
+    """Raise ConfigError unless a setting fits."""
+    if not fits:
+        raise ConfigError(f"{key} is {given!r}; it must be {wanted}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, to quote in one of ours; its class if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -68,14 +68,8 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
         unfinished.replace(path)
 
 
-def require(fits: bool, key: str, given: object, wanted: str) -> None:
-    """Raise ConfigError unless a setting fits."""
-    if not fits:
-        raise errors.ConfigError(f"{key} is {given!r}; it must be {wanted}")
-
-
 def require_seed(seed: int) -> None:
-    require(0 <= seed < 2**63, "seed", seed, "0 or more and below 2**63")
+    errors.require(0 <= seed < 2**63, "seed", seed, "0 or more and below 2**63")
 
 
 def _override(text: str) -> Any:

@@ -79,7 +79,7 @@ class DistillConfig:
                 "set for the nfsd weighting, for example to 'a blurry mess'",
             ),
         ):
-            configs.require(fits, name, getattr(self, name), wanted)
+            errors.require(fits, name, getattr(self, name), wanted)
 
     def check_size(self, size_px: int, *, shapes: bool) -> None:
         """Raise ConfigError if a teacher of this size cannot learn from shapes (if asked to) or be judged as set."""

@@ -77,10 +77,10 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         configs.require_seed(self.seed)
         fewest = data.ShapesImages.group_size
-        configs.require(self.scenes >= fewest, "scenes", self.scenes, f"{fewest} or more")
-        configs.require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "a share from 0 to 1")
+        errors.require(self.scenes >= fewest, "scenes", self.scenes, f"{fewest} or more")
+        errors.require(0 <= self.caption_dropout <= 1, "caption_dropout", self.caption_dropout, "a share from 0 to 1")
         for name in ("cell_weight", "kl_weight"):
-            configs.require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
+            errors.require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 (off) or more")
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise errors.ConfigError(f"prediction_type is {self.prediction_type!r}; it must be epsilon or v_prediction")
         unknown = set(self.stages) - set(STAGES)
@@ -109,11 +109,9 @@ class Build:
         self.train_further = train_further
         self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
         self.config, self.folder, self.images = config, folder, images
-        settings = dataclasses.asdict(config)
-        kept = {
-            key: settings[key] for key in ("seed", "prediction_type", "caption_dropout", "cell_weight", "kl_weight")
-        }
-        configs.claim(folder, {"data": images.source, **kept}, write=self.accelerator.is_main_process)
+        kept = ("seed", "prediction_type", "caption_dropout", "cell_weight", "kl_weight")
+        origin = {"data": images.source} | {key: getattr(config, key) for key in kept}
+        configs.claim(folder, origin, write=self.accelerator.is_main_process)
         self.labelled = self._labels([0]) is not None
         torch.manual_seed(config.seed)
         tokenizer = self._tokenizer()

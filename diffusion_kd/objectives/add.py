@@ -82,20 +82,24 @@ class ADDConfig:
 
     def __post_init__(self) -> None:
         schedule.student_timesteps(self.student_steps)
-        _require(self.weighting in ("exp", "sds", "nfsd"), "weighting", self.weighting, "exp, sds or nfsd")
-        _require(self.distance_space in ("pixel", "latent"), "distance_space", self.distance_space, "pixel or latent")
-        _require(len(self.teacher_guidance) in (1, 2), "teacher_guidance", self.teacher_guidance, "[w] or [low, high]")
+        errors.require(self.weighting in ("exp", "sds", "nfsd"), "weighting", self.weighting, "exp, sds or nfsd")
+        errors.require(
+            self.distance_space in ("pixel", "latent"), "distance_space", self.distance_space, "pixel or latent"
+        )
+        errors.require(
+            len(self.teacher_guidance) in (1, 2), "teacher_guidance", self.teacher_guidance, "[w] or [low, high]"
+        )
         for name, scales in (
             ("teacher_guidance", self.teacher_guidance),
             ("trajectory_guidance", [self.trajectory_guidance]),
         ):
             fits = all(math.isfinite(scale) and scale >= 0 for scale in scales)
-            _require(fits, name, getattr(self, name), "finite, 0 or more; 1 is no guidance")
+            errors.require(fits, name, getattr(self, name), "finite, 0 or more; 1 is no guidance")
         for name in ("teacher_timesteps", "latent_timesteps"):
             value = getattr(self, name)
             low, high = value if len(value) == 2 else (1, 0)
-            _require(0 <= low <= high <= 999, name, value, "[low, high] within 0 and 999")
-        _require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "1 or more")
+            errors.require(0 <= low <= high <= 999, name, value, "[low, high] within 0 and 999")
+        errors.require(self.r1_interval >= 1, "r1_interval", self.r1_interval, "1 or more")
         for name in (
             "adversarial_weight",
             "distillation_weight",
@@ -106,18 +110,15 @@ class ADDConfig:
             "trajectory_weight",
         ):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, name, value, "0 (off) or more")
+            errors.require(math.isfinite(value) and value >= 0, name, value, "0 (off) or more")
         share = self.terminal_probability
-        _require(share is None or 0 <= share <= 1, "terminal_probability", share, "null, or a share from 0 to 1")
+        errors.require(share is None or 0 <= share <= 1, "terminal_probability", share, "null, or a share from 0 to 1")
         fits = self.trajectory_steps >= 1 and self.trajectory_steps % self.student_steps == 0
-        _require(fits, "trajectory_steps", self.trajectory_steps, f"a multiple of student_steps, {self.student_steps}")
+        errors.require(
+            fits, "trajectory_steps", self.trajectory_steps, f"a multiple of student_steps, {self.student_steps}"
+        )
         terms = self.adversarial_weight + self.latent_weight + self.distillation_weight + self.trajectory_weight
-        _require(terms > 0, "adversarial_weight", self.adversarial_weight, "at least one weight above 0")
-
-
-def _require(condition: bool, key: str, given: object, wanted: str) -> None:
-    if not condition:
-        raise errors.ConfigError(f"{key} is {given!r}; it must be {wanted}")
+        errors.require(terms > 0, "adversarial_weight", self.adversarial_weight, "at least one weight above 0")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
