@@ -43,12 +43,17 @@ STEPS = (1, 4)
 MEASURES = ("prompt_accuracy", "frechet_distance", "clip_score", "diversity_ratio")
 
 
+def settings(variant: str, seed: int, images: int) -> distill.DistillConfig:
+    """Plain ADD but for what the variant changes. Raises ConfigError."""
+    overrides = [f"training.images={images}", f"seed={seed}", *VARIANTS[variant]]
+    return configs.load(distill.DistillConfig, "shapes_add", overrides)
+
+
 def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathlib.Path:
     """Distil one variant, or find it done."""
     folder = out / f"{variant.replace(' ', '-')}-{seed}"
     if not (folder / "student").is_dir():
-        overrides = [f"training.images={images}", f"seed={seed}", *VARIANTS[variant]]
-        config = configs.load(distill.DistillConfig, "shapes_add", overrides)
+        config = settings(variant, seed, images)
         # The scenes stay those of seed 0: the seed decides the batches, the noise and the heads.
         pictures = data.ShapesImages(config.scenes, 0)
         distill.Distillation(config, "shapes-teacher", pictures, folder).run()
@@ -106,6 +111,8 @@ def main() -> None:
     unknown = [variant for variant in given.variants if variant not in VARIANTS]
     if unknown:
         raise errors.ConfigError(f"no variant {unknown[0]!r}; variants are {', '.join(VARIANTS)}")
+    for variant in given.variants or VARIANTS:
+        settings(variant, 0, given.images)  # a bad length is named before the teacher's minutes
     exam = compare.Exam(
         protocols.ShapesProtocol(prompts=given.prompts), pipeline.load_feature_network("shapes-encoder")
     )

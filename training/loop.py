@@ -130,38 +130,30 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     state = _State(accelerator, learners, config, averaged)
     first_step, earlier_s = state.restore(folder / CHECKPOINT)
-    parallel = {learner.name: accelerator.prepare_model(learner.module) for learner in learners}
+    turns = _Turns(accelerator, learners, state.optimizers, config)
     steps = config.images // config.batch_size
     local_batch = config.batch_size // accelerator.num_processes
     writes = folder if accelerator.is_main_process else None
     progress = _Progress(folder.name, first_step, steps, config.batch_size, writes)
-    skipped = dict.fromkeys(parallel, 0)
     saved = time.monotonic()
     began = saved - earlier_s
     for step in range(first_step, steps):
         elapsed_s = _agree(accelerator, time.monotonic() - began) if config.time_limit_s else 0.0
-        if step and step == first_step and _done(step * config.batch_size, elapsed_s, config) >= 1:
+        over = _done(step * config.batch_size, elapsed_s, config) >= 1
+        if over and step == first_step > 0:
             break  # the run that is gone on with had used up its time
+        last = over or step + 1 == steps
         share = learning_rate_share(step * config.batch_size, elapsed_s, config)
-        last = step + 1 == steps or _done(step * config.batch_size, elapsed_s, config) >= 1
-        batch = draw(step, local_batch)
-        for learner in learners:
-            report = _take_step(
-                accelerator, learner, parallel[learner.name], state.optimizers[learner.name], batch, share, config
-            )
+        for report in turns.take(step, draw(step, local_batch), share):
             progress.add(report)
-            skipped[learner.name] = skipped[learner.name] + 1 if report[f"{learner.name}_skipped"] else 0
-            _check_skipped(learner.name, skipped[learner.name], step)
         state.update_average()
         if (step + 1) % config.log_every_steps == 0 or last:
             left_s = config.time_limit_s - elapsed_s if config.time_limit_s else float("inf")
             progress.report(step + 1, max(left_s, 0.0))
             if on_report and progress.writer:
                 on_report((step + 1) * config.batch_size, state.result, progress.writer)
-        due = time.monotonic() - saved > config.checkpoint_every_s or last
-        if accelerator.is_main_process and due:
-            reached = {"step": step + 1, "elapsed_s": time.monotonic() - began}
-            save_atomically(state.content() | reached, folder / CHECKPOINT)
+        if accelerator.is_main_process and (last or time.monotonic() - saved > config.checkpoint_every_s):
+            state.save(folder / CHECKPOINT, step + 1, time.monotonic() - began)
             saved = time.monotonic()
         if last:
             break
@@ -202,36 +194,54 @@ def _agree(accelerator: accelerate.Accelerator, elapsed_s: float) -> float:
     return float(accelerate.utils.broadcast(torch.tensor(elapsed_s, device=accelerator.device)))
 
 
-def _check_skipped(name: str, skipped: int, step: int) -> None:
-    if skipped >= _MOST_SKIPPED:
-        raise errors.TrainingError(
-            f"{name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is not finite; "
-            "look at the curves in TensorBoard, then lower the learning rate or train with precision=fp32"
-        )
+class _Turns:
+    """The learners' turns of a step, each on its module as the accelerator wraps it."""
 
+    def __init__(
+        self,
+        accelerator: accelerate.Accelerator,
+        learners: Sequence[Learner],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        config: LoopConfig,
+    ) -> None:
+        self._accelerator, self._learners, self._optimizers = accelerator, learners, optimizers
+        self._max_grad_norm = config.max_grad_norm
+        self._modules = {learner.name: accelerator.prepare_model(learner.module) for learner in learners}
+        self._skipped = dict.fromkeys(self._modules, 0)  # steps in a row
 
-def _take_step(
-    accelerator: accelerate.Accelerator,
-    learner: Learner,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Mapping[str, Any],
-    share: float,
-    config: LoopConfig,
-) -> dict[str, Tensor]:
-    """One learner's turn. A loss or gradient that is not finite skips the step; of that one only this is reported."""
-    for group in optimizer.param_groups:
-        group["lr"] = learner.learning_rate * share
-    with accelerator.autocast():
-        losses: dict[str, Tensor] = module(**batch)
-    accelerator.backward(torch.stack([loss.float() for loss in losses.values()]).sum())
-    norm = torch.as_tensor(accelerator.clip_grad_norm_(learner.module.parameters(), config.max_grad_norm))
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    skipped = {f"{learner.name}_skipped": torch.tensor(float(not finite))}
-    return losses | {f"{learner.name}_gradient": norm} | skipped if finite else skipped
+    def take(self, step: int, batch: Mapping[str, Any], share: float) -> list[dict[str, Tensor]]:
+        """Every learner's turn at `share` of its learning rate. Returns what each reports.
+
+        Raises TrainingError if one of them has skipped too many steps in a row.
+        """
+        reports = []
+        for learner in self._learners:
+            report, finite = self._turn(learner, batch, share)
+            reports.append(report)
+            skipped = self._skipped[learner.name] = 0 if finite else self._skipped[learner.name] + 1
+            if skipped >= _MOST_SKIPPED:
+                raise errors.TrainingError(
+                    f"{learner.name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is "
+                    "not finite; look at the curves in TensorBoard, then lower the learning rate or train with "
+                    "precision=fp32"
+                )
+        return reports
+
+    def _turn(self, learner: Learner, batch: Mapping[str, Any], share: float) -> tuple[dict[str, Tensor], bool]:
+        """Losses and gradient norm. What is not finite skips the step; of that one only this is reported."""
+        optimizer = self._optimizers[learner.name]
+        for group in optimizer.param_groups:
+            group["lr"] = learner.learning_rate * share
+        with self._accelerator.autocast():
+            losses: dict[str, Tensor] = self._modules[learner.name](**batch)
+        self._accelerator.backward(torch.stack([loss.float() for loss in losses.values()]).sum())
+        norm = torch.as_tensor(self._accelerator.clip_grad_norm_(learner.module.parameters(), self._max_grad_norm))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        skipped = {f"{learner.name}_skipped": torch.tensor(float(not finite))}
+        return (losses | {f"{learner.name}_gradient": norm} | skipped if finite else skipped), finite
 
 
 def save_atomically(content: object, path: pathlib.Path) -> None:
@@ -278,8 +288,9 @@ class _State:
         if self._average is not None:
             self._average.update_parameters(self._averaged)
 
-    def content(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts.items()}
+    def save(self, checkpoint: pathlib.Path, step: int, elapsed_s: float) -> None:
+        content = {name: part.state_dict() for name, part in self._parts.items()}
+        save_atomically(content | {"step": step, "elapsed_s": elapsed_s}, checkpoint)
 
     def restore(self, checkpoint: pathlib.Path) -> tuple[int, float]:
         """Load a checkpoint if there is one. Returns the steps taken and the seconds they took.

@@ -5,8 +5,8 @@ A step has two phases on one batch:
     student:        x_s -> student_x0 -> images;  loss = adversarial + distillation_weight * distillation
     discriminator:  hinge on the real images and on the student's, detached;  + R1 on the real features
 
-The student's pictures are decoded once and looked at once: the adversarial term, the distillation term in pixel space
-and, detached, the discriminator share them, so that no two decoder graphs are alive together.
+The student's pictures are decoded once and looked at once: the adversarial term, the distances in pixel space and,
+detached, the discriminator share them, so that no two decoder graphs are alive together.
 
 Where the paper is silent or we deviate:
 
@@ -43,7 +43,8 @@ class ADDConfig:
     adversarial_weight: weight of the discriminator's term; 0 leaves it out. (1 in the paper.)
     distillation_weight: the paper's lambda; 0 leaves the term out.
     weighting: c(t): exp, sds or nfsd.
-    distance_space: pixel or latent: where student and teacher estimates are compared.
+    distance_space: pixel or latent: where the student's x0 is compared with the teacher's, in the distillation and in
+        the trajectory term.
     teacher_guidance: [w] fixed, or [low, high] drawn uniformly for each example; 1 is no guidance. nfsd has its own.
     teacher_timesteps: t is drawn uniformly from this closed range.
     r1_weight: the paper's gamma; 0 leaves R1 out. r1_interval: R1 every so many steps, that many times as strong.
@@ -55,8 +56,9 @@ class ADDConfig:
     latent_timesteps: the noise is drawn uniformly from this closed range; the less noise, the finer what they judge.
     mismatch_weight: weight of real images with another's caption as further fakes (Kang et al. 2024).
     finite_difference_weight: R1 and R2 by finite differences (Lin et al. 2025) on the pixel heads' features.
-    trajectory_weight: weight of the distance, in the feature network's maps and in pixels, to where the teacher's
-        deterministic sampler leads from the student's own input: each noise keeps its picture (Hu et al. 2025, CMT).
+    trajectory_weight: weight of the distance (in pixel space in the feature network's maps as well) to where the
+        teacher's deterministic sampler leads from the student's own input: each noise keeps its picture (Hu et al.
+        2025, CMT).
     trajectory_steps: of that sampler from pure noise; a multiple of student_steps. trajectory_guidance: its w.
     """
 
@@ -127,6 +129,17 @@ class _Seen:
 
     real: features.Features
     fake_maps: tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Made:
+    """The student's estimate: x0 of the input x_s at `timesteps`; decoded, and looked at, where a term asks for it."""
+
+    x_s: Tensor
+    timesteps: Tensor
+    x0: Tensor
+    images: Tensor | None
+    maps: tuple[Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -232,28 +245,31 @@ class StudentPhase(Phase):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (objective,) = self._objective
         config, generator = objective.config, _generator(batch, 0)
-        timesteps = objective.draw_student_timesteps(len(batch.cond), generator).to(batch.latents.device)
-        at_end = timesteps == objective.timesteps[-1].item()
-        noise = _noise_like(batch.latents, generator)
-        x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
-        student_x0 = self.student(x_s, timesteps, batch.cond)
-        in_pixels = bool(config.distillation_weight) and config.distance_space == "pixel"
-        looks = bool(config.adversarial_weight or config.trajectory_weight)
-        images = objective.decode(student_x0) if looks or in_pixels else None
-        fake_maps = _float(objective.feature_network(images).maps) if looks else ()
-        seen = _Seen(self._look(batch.images), fake_maps) if config.adversarial_weight else None
-        losses = self._adversarial(batch, student_x0, seen, at_end, generator)
+        made = self._make(batch, generator)
+        at_end = made.timesteps == objective.timesteps[-1].item()
+        seen = _Seen(self._look(batch.images), made.maps) if config.adversarial_weight else None
+        losses = self._adversarial(batch, made.x0, seen, at_end, generator)
         if config.distillation_weight:
-            loss = self._distillation(batch, student_x0, images if in_pixels else None, generator)
-            losses["distillation"] = config.distillation_weight * loss
+            losses["distillation"] = config.distillation_weight * self._distillation(batch, made, generator)
         if config.trajectory_weight:
-            assert images is not None, "the trajectory's distance is in pixels"
-            loss = self._trajectory(batch, x_s, timesteps, images, fake_maps)
-            losses["trajectory"] = config.trajectory_weight * loss
+            losses["trajectory"] = config.trajectory_weight * self._trajectory(batch, made)
         if seen is not None:
             seen = _Seen(seen.real, tuple(layer.detach() for layer in seen.fake_maps))
-        objective.fakes = _Fakes(student_x0.detach(), at_end, seen)
+        objective.fakes = _Fakes(made.x0.detach(), at_end, seen)
         return losses
+
+    def _make(self, batch: Batch, generator: torch.Generator) -> _Made:
+        (objective,) = self._objective
+        config = objective.config
+        timesteps = objective.draw_student_timesteps(len(batch.cond), generator).to(batch.latents.device)
+        noise = _noise_like(batch.latents, generator)
+        x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
+        x0 = self.student(x_s, timesteps, batch.cond)
+        in_pixels = config.distance_space == "pixel"
+        looks = bool(config.adversarial_weight or (in_pixels and config.trajectory_weight))
+        images = objective.decode(x0) if looks or (in_pixels and config.distillation_weight) else None
+        maps = _float(objective.feature_network(images).maps) if looks else ()
+        return _Made(x_s, timesteps, x0, images, maps)
 
     @torch.no_grad()
     def _look(self, images: Tensor) -> features.Features:
@@ -279,18 +295,18 @@ class StudentPhase(Phase):
             objective.heads.requires_grad_(True)
         return losses
 
-    def _distillation(
-        self, batch: Batch, student_x0: Tensor, images: Tensor | None, generator: torch.Generator
-    ) -> Tensor:
+    def _distillation(self, batch: Batch, made: _Made, generator: torch.Generator) -> Tensor:
         (objective,) = self._objective
-        target, timesteps = self._target(batch, student_x0.detach(), generator)
+        config = objective.config
+        target, timesteps = self._target(batch, made.x0.detach(), generator)
         alpha, sigma = objective.teacher.schedule.at(timesteps)
-        weights = distillation.weight(objective.config.weighting, alpha, sigma)  # type: ignore[arg-type]
-        if images is None:
-            return distillation.distillation_loss(student_x0, target, weights)
+        weights = distillation.weight(config.weighting, alpha, sigma)  # type: ignore[arg-type]
+        if config.distance_space == "latent":
+            return distillation.distillation_loss(made.x0, target, weights)
+        assert made.images is not None, "the distance is in pixels"
         with torch.no_grad():
             target = objective.decode(target)
-        return distillation.distillation_loss(images, target, weights)
+        return distillation.distillation_loss(made.images, target, weights)
 
     @torch.no_grad()
     def _target(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -313,18 +329,24 @@ class StudentPhase(Phase):
             guidance = weakest + (strongest - weakest) * torch.rand(len(x0), generator=generator).to(x0.device)
         return teacher.guided(x_t, timesteps, batch.cond, batch.uncond, guidance), timesteps
 
-    def _trajectory(
-        self, batch: Batch, x_s: Tensor, timesteps: Tensor, images: Tensor, maps: Sequence[Tensor]
-    ) -> Tensor:
-        """How far the student's images are from where the teacher's deterministic sampler leads from its input."""
+    def _trajectory(self, batch: Batch, made: _Made) -> Tensor:
+        """How far the student's estimate is from where the teacher's deterministic sampler leads from its input."""
         (objective,) = self._objective
         config = objective.config
         end = objective.teacher.endpoint(
-            x_s, timesteps, batch.cond, batch.uncond, config.trajectory_guidance, steps=config.trajectory_steps
+            made.x_s,
+            made.timesteps,
+            batch.cond,
+            batch.uncond,
+            config.trajectory_guidance,
+            steps=config.trajectory_steps,
         )
+        if config.distance_space == "latent":
+            return perceptual.pseudo_huber((made.x0 - end).square().mean((1, 2, 3))).mean()
+        assert made.images is not None, "the distance is in pixels"
         target = objective.decode(end)
-        squared = perceptual.map_distance(maps, self._look(target).maps)
-        return perceptual.pseudo_huber(squared).mean() + (images - target).abs().mean()
+        squared = perceptual.map_distance(made.maps, self._look(target).maps)
+        return perceptual.pseudo_huber(squared).mean() + (made.images - target).abs().mean()
 
 
 class DiscriminatorPhase(Phase):

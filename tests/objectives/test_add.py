@@ -248,18 +248,31 @@ def test_a_few_steps_pull_the_student_towards_its_target() -> None:
     assert history[-1] < 0.8 * history[0]
 
 
-def test_a_student_that_follows_its_teachers_trajectories_has_nothing_to_learn_of_them() -> None:
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_a_student_that_follows_its_teachers_trajectories_has_nothing_to_learn_of_them(space: str) -> None:
     """At the last step of the sampler's grid the teacher's own x0 is the endpoint; one step earlier it is not."""
     settings = {"adversarial_weight": 0.0, "distillation_weight": 0.0, "trajectory_weight": 1.0, "student_steps": 1}
     for steps, at_rest in ((1, True), (4, False)):
         for guidance in (1.0, 3.0):
-            objective = build(trajectory_guidance=guidance, trajectory_steps=steps, **settings)
+            objective = build(trajectory_guidance=guidance, trajectory_steps=steps, distance_space=space, **settings)
             loss = losses_of(objective)[0]["trajectory"]
             assert (loss.item() < 1e-9) == (at_rest and guidance == 1)
 
 
-def test_the_trajectory_term_has_a_gradient_towards_the_student_alone() -> None:
-    objective = build(trajectory_weight=1.0)
+def test_distances_of_latents_decode_nothing() -> None:
+    """What makes them cheap: neither the student's latents nor the teacher's go through the autoencoder."""
+    objective = build(adversarial_weight=0.0, trajectory_weight=1.0, distance_space="latent")
+
+    def refused(latents: torch.Tensor, **options: Any) -> Any:
+        raise AssertionError("decoded")
+
+    objective.vae.decode = refused
+    assert set(losses_of(objective)[0]) == {"distillation", "trajectory"}
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_the_trajectory_term_has_a_gradient_towards_the_student_alone(space: str) -> None:
+    objective = build(trajectory_weight=1.0, distance_space=space)
     objective.phases[0](tiny_batch(tiny_parts()))["trajectory"].backward()
     assert with_gradient(objective.student) > 0
     for frozen in (objective.teacher, objective.vae, objective.feature_network, objective.heads):
