@@ -68,16 +68,19 @@ lock: ## resolve the newest versions of everything but torch and write requireme
 	    | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' >> "$$folder/lock"; \
 	cp "$$folder/lock" requirements.lock
 
-# A student's text encoders and autoencoder are its teacher's: links keep the repository small.
+# Whichever is there. A student's text encoders and autoencoder are its teacher's: links keep the repository small.
 ship: ## copy the trained models of runs/ into the package
-	test -d runs/teacher/teacher && test -d runs/distill/student || { echo "error: run make teacher and make distill first" >&2; exit 2; }
-	rm -rf $(WEIGHTS)/shapes-*
-	cp -r runs/teacher/teacher $(WEIGHTS)/shapes-teacher
-	cp -r runs/teacher/encoder $(WEIGHTS)/shapes-encoder
-	cp -r runs/distill/student $(WEIGHTS)/shapes-student
-	for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
-	    rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
-	done
+	test -d runs/teacher/teacher || test -d runs/distill/student || \
+	    { echo "error: nothing to ship; run make teacher or make distill first" >&2; exit 2; }
+	if test -d runs/teacher/teacher; then for part in teacher encoder; do \
+	    rm -rf $(WEIGHTS)/shapes-$$part; cp -r runs/teacher/$$part $(WEIGHTS)/shapes-$$part; \
+	done; fi
+	if test -d runs/distill/student; then \
+	    rm -rf $(WEIGHTS)/shapes-student; cp -r runs/distill/student $(WEIGHTS)/shapes-student; \
+	    for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
+	        rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
+	    done; \
+	fi
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
