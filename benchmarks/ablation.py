@@ -12,7 +12,8 @@ import logging
 import pathlib
 import sys
 
-from diffusion_kd import errors, files, pipeline
+from diffusion_kd import artifact, errors, files, pipeline
+from diffusion_kd.objectives import add
 from eval import compare, protocols
 from eval import run as evaluation
 from training import config as configs
@@ -41,6 +42,8 @@ VARIANTS: dict[str, list[str]] = {
 }
 STEPS = (1, 4)
 MEASURES = ("prompt_accuracy", "frechet_distance", "clip_score", "diversity_ratio")
+Measures = dict[str, dict[str, float]]
+"""Of one student: step count -> name -> value."""
 
 
 def settings(variant: str, seed: int, images: int) -> distill.DistillConfig:
@@ -60,23 +63,35 @@ def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathl
     return folder / "student"
 
 
-def measure(
-    exam: compare.Exam, teacher: compare.Work, student: pathlib.Path, results: pathlib.Path
-) -> dict[str, dict[str, float]]:
-    """Measures of one student by step count, kept beside it."""
+def untrained() -> pipeline.FewStepPipeline:
+    """The teacher's own weights in the student's sampler: where every variant starts."""
+    parts = artifact.load("shapes-teacher")
+    steps = add.ADDConfig().student_steps
+    parts = dataclasses.replace(parts, scheduler=artifact.student_scheduler(parts.scheduler, steps))
+    return pipeline.FewStepPipeline(parts, {int(n): t for n, t in pipeline.trained_timesteps(steps).items()})
+
+
+def measure(exam: compare.Exam, teacher: compare.Work, student: pipeline.FewStepPipeline) -> Measures:
+    """Measures of one student by step count."""
+    rows = {}
+    for steps in STEPS:
+        work = exam.sit(compare.Entrant(compare.STUDENT, student, steps, evaluation.STUDENT_GUIDANCE))
+        row = dataclasses.asdict(exam.mark(work, teacher))
+        rows[str(steps)] = {name: row[name] for name in MEASURES}
+    return rows
+
+
+def measured_once(exam: compare.Exam, teacher: compare.Work, student: pathlib.Path) -> Measures:
+    """Measures of one student, kept beside it."""
+    results = student.parent / "measures.json"
     if not results.is_file():
-        sampler = pipeline.load_student(str(student))
-        rows = {}
-        for steps in STEPS:
-            work = exam.sit(compare.Entrant(compare.STUDENT, sampler, steps, evaluation.STUDENT_GUIDANCE))
-            row = dataclasses.asdict(exam.mark(work, teacher))
-            rows[str(steps)] = {name: row[name] for name in MEASURES}
+        rows = measure(exam, teacher, pipeline.load_student(str(student)))
         results.write_text(json.dumps(rows, indent=2) + "\n")
-    loaded: dict[str, dict[str, float]] = json.loads(results.read_text())
+    loaded: Measures = json.loads(results.read_text())
     return loaded
 
 
-def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
+def table(results: dict[str, list[Measures]]) -> str:
     """Markdown: a line for each variant, a column for each measure and step count."""
     columns = [(steps, name) for steps in map(str, STEPS) for name in MEASURES]
     lines = [
@@ -118,12 +133,12 @@ def main() -> None:
     )
     sampler = pipeline.load_teacher("shapes-teacher")
     teacher = exam.sit(compare.Entrant(compare.TEACHER, sampler, evaluation.TEACHER_STEPS, given.guidance_scale))
-    results = {}
+    results = {"untrained": [measure(exam, teacher, untrained())]}
     for variant in given.variants or VARIANTS:
         results[variant] = []
         for seed in range(given.seeds):
             student = student_of(variant, seed, given.images, given.out)
-            results[variant].append(measure(exam, teacher, student, student.parent / "measures.json"))
+            results[variant].append(measured_once(exam, teacher, student))
         sys.stdout.write(table(results) + "\n\n")
 
 
