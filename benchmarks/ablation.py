@@ -1,7 +1,7 @@
 """What each part of the recipe does, on shapes: `python -m benchmarks.ablation --out runs/ablation`.
 
-Every variant sees the same number of images, from the same teacher, with two seeds. A run that is finished is not run
-again, so the table can be grown over several sittings. Prints a Markdown table; each cell is the mean over seeds and,
+Every variant sees the same number of images, from the same teacher, with two seeds. What is finished for this number of
+images (and measured on this number of prompts) is not done again, so the table can be grown over several sittings. Prints a Markdown table; each cell is the mean over seeds and,
 behind ±, half their difference.
 """
 
@@ -54,7 +54,7 @@ def settings(variant: str, seed: int, images: int) -> distill.DistillConfig:
 
 def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathlib.Path:
     """Distil one variant, or find it done."""
-    folder = out / f"{variant.replace(' ', '-')}-{seed}"
+    folder = out / f"{images}-images" / f"{variant.replace(' ', '-')}-{seed}"
     if not (folder / "student").is_dir():
         config = settings(variant, seed, images)
         # The scenes stay those of seed 0: the seed decides the batches, the noise and the heads.
@@ -82,8 +82,8 @@ def measure(exam: compare.Exam, teacher: compare.Work, student: pipeline.FewStep
 
 
 def measured_once(exam: compare.Exam, teacher: compare.Work, student: pathlib.Path) -> Measures:
-    """Measures of one student, kept beside it."""
-    results = student.parent / "measures.json"
+    """Measures of one student, kept beside it under what they were measured with."""
+    results = student.parent / f"measures-{exam.protocol.prompts}-{teacher.entrant.guidance_scale:g}.json"
     if not results.is_file():
         rows = measure(exam, teacher, pipeline.load_student(str(student)))
         results.write_text(json.dumps(rows, indent=2) + "\n")
