@@ -1,8 +1,8 @@
 """What each part of the recipe does, on shapes: `python -m benchmarks.ablation --out runs/ablation`.
 
 Every variant sees the same number of images, from the same teacher, with two seeds. What is finished for this number of
-images (and measured on this number of prompts) is not done again, so the table can be grown over several sittings. Prints a Markdown table; each cell is the mean over seeds and,
-behind ±, half their difference.
+images (and measured on this number of prompts) is not done again, so the table can be grown over several sittings.
+Prints a Markdown table; each cell is the mean over seeds and, behind ±, half their difference.
 """
 
 import argparse
