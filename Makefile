@@ -22,10 +22,10 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher distill evaluate test check format lock ship clean
+.PHONY: help install demo teacher distill evaluate test check format lock ship-teacher ship-student clean
 
 help: ## list the targets
-	grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 	echo
 	echo "Variables: ARGS='...' further arguments of demo, teacher, distill, evaluate, test; STUDENT=... what evaluate judges;"
 	echo "PROCESSES=... and LAUNCH_ARGS='...' for accelerate; PYTHON=... what .venv is made with."
@@ -38,7 +38,7 @@ demo: $(INSTALLED) ## distil the embedded teacher for a moment, judge the studen
 teacher: $(INSTALLED) ## train the small reference teacher on shapes
 	$(LAUNCH) -m training.teacher --config shapes --out runs/teacher $(ARGS)
 
-distill: $(INSTALLED) ## distil the reference teacher by adversarial diffusion distillation
+distill: $(INSTALLED) ## distil the reference teacher: the run that made the shipped student
 	$(LAUNCH) -m training.distill --config shapes_add_plus --out runs/distill $(ARGS)
 
 evaluate: $(INSTALLED) ## judge the student against its teacher
@@ -68,19 +68,25 @@ lock: ## resolve the newest versions of everything but torch and write requireme
 	    | sed -E 's/\+[a-z0-9.]+$$//' | grep -vE '^(nvidia|cuda|triton)' >> "$$folder/lock"; \
 	cp "$$folder/lock" requirements.lock
 
-# Whichever is there. A student's text encoders and autoencoder are its teacher's: links keep the repository small.
-ship: ## copy the trained models of runs/ into the package
-	test -d runs/teacher/teacher || test -d runs/distill/student || \
-	    { echo "error: nothing to ship; run make teacher or make distill first" >&2; exit 2; }
-	if test -d runs/teacher/teacher; then for part in teacher encoder; do \
-	    rm -rf $(WEIGHTS)/shapes-$$part; cp -r runs/teacher/$$part $(WEIGHTS)/shapes-$$part; \
-	done; fi
-	if test -d runs/distill/student; then \
-	    rm -rf $(WEIGHTS)/shapes-student; cp -r runs/distill/student $(WEIGHTS)/shapes-student; \
-	    for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
-	        rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
-	    done; \
-	fi
+# A student belongs to one teacher: another teacher ships without the students of the last.
+ship-teacher: ## copy runs/teacher into the package, in place of teacher, encoder and student
+	test -d runs/teacher/teacher || { echo "error: no runs/teacher/teacher; run make teacher first" >&2; exit 2; }
+	rm -rf $(WEIGHTS)/shapes-*
+	cp -r runs/teacher/teacher $(WEIGHTS)/shapes-teacher
+	cp -r runs/teacher/encoder $(WEIGHTS)/shapes-encoder
+
+# Its text encoders and autoencoder are its teacher's: links keep the repository small.
+ship-student: ## copy runs/distill, a student of the shipped teacher, into the package
+	test -d runs/distill/student || { echo "error: no runs/distill/student; run make distill first" >&2; exit 2; }
+	for part in vae text_encoder text_encoder_2; do \
+	    diff -rq runs/distill/student/$$part $(WEIGHTS)/shapes-teacher/$$part >/dev/null || { \
+	        echo "error: the $$part of runs/distill/student is not the shipped teacher's; distil shapes-teacher" >&2; exit 2; }; \
+	done
+	rm -rf $(WEIGHTS)/shapes-student
+	cp -r runs/distill/student $(WEIGHTS)/shapes-student
+	for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
+	    rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
+	done
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -120,6 +120,8 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", help=f"of {', '.join(VARIANTS)}; all if none is named")
     given = parser.parse_intermixed_args()
     files.check_folder(given.out)
+    if not given.guidance_scale > 1:
+        raise errors.ConfigError(f"--guidance-scale must be above 1 (1 is none), not {given.guidance_scale:g}")
     if given.seeds < 1:
         raise errors.ConfigError(f"--seeds must be 1 or more, not {given.seeds}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

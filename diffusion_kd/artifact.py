@@ -268,7 +268,8 @@ def save_pipeline(
     for name, module in halves.items():
         if weight := _not_finite(module):
             raise errors.ModelError(
-                f"{name} cannot be written: {weight} holds NaN or infinite values in {dtype}; lower the learning rate"
+                f"{name} cannot be written: {weight} holds NaN or infinite values in {dtype}; "
+                "train anew, with a lower learning rate, in another folder"
             )
     pipeline = diffusers.StableDiffusionXLPipeline(
         **halves, tokenizer=first, tokenizer_2=second, scheduler=parts.scheduler, add_watermarker=False

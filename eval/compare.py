@@ -79,9 +79,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reference:
-    """How true renders do: the best that a model can hope for.
+    """How true renders do.
 
-    frechet_distance: between two independent sets of as many true renders as there are prompts.
+    prompt_accuracy, clip_score: the best that a model can hope for.
+    frechet_distance: to true renders of as many other prompts of the same kind. It is above a good model's, which is
+        held against renders of its own prompts.
     """
 
     prompt_accuracy: float

@@ -49,16 +49,22 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
     """Make a run's folder remember what the run starts from, so that no other run goes on with its checkpoints.
 
     origin: what decides the result besides its length, as JSON. write: whether this process is the one that writes.
-    Raises ConfigError if a run of another origin stands there.
+    Raises ConfigError if a run of another origin stands there, or if what the folder remembers is damaged.
     """
     path = folder / "origin.json"
     wanted = json.loads(json.dumps(origin))
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
+        try:
+            found = _flat(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError) as error:
+            raise errors.ConfigError(
+                f"{path} cannot be read ({errors.first_line(error)}); give another --out"
+            ) from None
+        asked = _flat(wanted)
+        for key in sorted(asked.keys() | found.keys()):
+            if asked.get(key) != found.get(key):
                 raise errors.ConfigError(
-                    f"{folder} holds a run with {key} = {found.get(key)!r}, not {wanted.get(key)!r}; "
+                    f"{folder} holds a run with {key} = {found.get(key)!r}, not {asked.get(key)!r}; "
                     "give another --out, or what that run was started with"
                 )
     elif write:
@@ -66,6 +72,14 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         unfinished.replace(path)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of settings as single keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def require_seed(seed: int) -> None:

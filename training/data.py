@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -86,7 +87,7 @@ class FolderImages:
         self._items = _read_metadata(folder)
         for path, _ in self._items:
             _open(path)
-        listed = "\n".join(f"{path.relative_to(folder)}\t{text}" for path, text in self._items)
+        listed = "\n".join(f"{os.path.relpath(path, folder)}\t{text}" for path, text in self._items)
         digest = hashlib.sha256(listed.encode()).hexdigest()[:8]
         self.source = f"folder {folder.resolve().name}, {len(self._items)} images, captions {digest}"
 

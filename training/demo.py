@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"  look at                {given.out / 'samples.png'}\n"
         f"  watch the curves       .venv/bin/tensorboard --logdir {given.out}\n"
         f"  the full distillation  make distill\n"
-        f"  your own pictures      .venv/bin/python -m training.distill --data FOLDER --out runs/mine\n"
+        f"  your own pictures      .venv/bin/python -m training.teacher --data FOLDER --out runs/my-teacher\n"
     )
 
 

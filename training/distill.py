@@ -88,7 +88,8 @@ class DistillConfig:
                 f"the teacher makes {size_px} px images and shapes have {model.IMAGE_SIZE_PX} px; "
                 "give images of your own with --data, or prompts with --prompts"
             )
-        if self.feature_network == "shapes-encoder" and size_px != model.IMAGE_SIZE_PX:
+        blind = self.feature_network == "shapes-encoder" and size_px != model.IMAGE_SIZE_PX
+        if blind and self.objective.looks:
             raise errors.ConfigError(
                 f"the teacher makes {size_px} px images and shapes-encoder knows shapes of {model.IMAGE_SIZE_PX} px "
                 "alone; set feature_network=dinov2"
@@ -178,9 +179,8 @@ class Distillation:
         return self.folder / "student"
 
     def _claim(self) -> None:
-        settings = dataclasses.asdict(self.config)
         origin = {"teacher": self.teacher_name, "start": self.start, "data": self.images.source}
-        origin["batch_size"] = settings.pop("training")["batch_size"]
+        settings = dataclasses.asdict(self.config) | {"training": self.config.training.decisive()}
         first = self.accelerator.is_main_process
         configs.claim(self.folder, origin | settings, write=first)
         if first:

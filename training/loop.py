@@ -66,14 +66,19 @@ class LoopConfig:
             ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
             ("warmup_images", self.warmup_images >= 0, "0 or more"),
             ("decay_share", 0 <= self.decay_share <= 1, "a share from 0 to 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 (none) or more"),
             ("ema_decay", 0 <= self.ema_decay < 1, "0 (no average) or more, and below 1"),
             ("max_grad_norm", self.max_grad_norm > 0, "above 0"),
             ("time_limit_s", self.time_limit_s >= 0, "0 (no limit) or more"),
             ("checkpoint_every_s", self.checkpoint_every_s >= 0, "0 (every step) or more"),
             ("log_every_steps", self.log_every_steps >= 1, "1 or more"),
         ):
-            if not fits:
-                raise errors.ConfigError(f"{name} is {getattr(self, name)!r}; it must be {wanted}")
+            errors.require(fits, name, getattr(self, name), wanted)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what is learnt, besides how long."""
+        length = ("images", "time_limit_s", "checkpoint_every_s", "log_every_steps")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in length}
 
 
 @dataclasses.dataclass
@@ -175,13 +180,18 @@ def restore(
 
     Raises ConfigError if there is none, or if it does not fit.
     """
+    require_checkpoint(folder)
+    state = _State(accelerator, learners, config, averaged)
+    state.restore(folder / CHECKPOINT)
+    return state.result
+
+
+def require_checkpoint(folder: pathlib.Path) -> None:
+    """Raise ConfigError unless a training has left a checkpoint in `folder`."""
     if not (folder / CHECKPOINT).is_file():
         raise errors.ConfigError(
             f"{folder} holds no {CHECKPOINT} to go by; train first, or name another run with --out"
         )
-    state = _State(accelerator, learners, config, averaged)
-    state.restore(folder / CHECKPOINT)
-    return state.result
 
 
 def images_seen(folder: pathlib.Path, config: LoopConfig) -> int:
@@ -222,13 +232,14 @@ class _Turns:
             if skipped >= _MOST_SKIPPED:
                 raise errors.TrainingError(
                     f"{learner.name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is "
-                    "not finite; look at the curves in TensorBoard, then lower the learning rate or train with "
-                    "precision=fp32"
+                    "not finite; look at the curves in TensorBoard, then begin anew in another folder, "
+                    "with a lower learning rate or precision=fp32"
                 )
         return reports
 
     def _turn(self, learner: Learner, batch: Mapping[str, Any], share: float) -> tuple[dict[str, Tensor], bool]:
-        """Losses and gradient norm. What is not finite skips the step; of that one only this is reported."""
+        """What one learner reports, and whether its gradient was finite. If not, the step is skipped, and that it was
+        is all that it reports."""
         optimizer = self._optimizers[learner.name]
         for group in optimizer.param_groups:
             group["lr"] = learner.learning_rate * share

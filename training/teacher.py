@@ -325,6 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(TeacherConfig, given.config, given.overrides)
     files.check_folder(given.out)
+    if given.export_now:
+        loop.require_checkpoint(given.out / config.stages[0])
     images = _images(config, given.data)
     build = Build(config, given.out, images, train_further=not given.export_now)
     if build.accelerator.is_main_process:

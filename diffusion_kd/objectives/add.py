@@ -3,6 +3,7 @@
 A step has two phases on one batch:
 
     student:        x_s -> student_x0 -> images;  loss = adversarial + distillation_weight * distillation
+                                                         (+ trajectory_weight * trajectory)
     discriminator:  hinge on the real images and on the student's, detached;  + R1 on the real features
 
 The student's pictures are decoded once and looked at once: the adversarial term, the distances in pixel space and,
@@ -40,7 +41,7 @@ class ADDConfig:
     """The method's settings. The defaults are the paper's; what goes beyond it is off.
 
     student_steps: how many timesteps the student is trained at (N).
-    adversarial_weight: weight of the discriminator's term; 0 leaves it out. (1 in the paper.)
+    adversarial_weight: weight of the discriminator's term (1 in the paper); 0 leaves it and its pixel heads out.
     distillation_weight: the paper's lambda; 0 leaves the term out.
     weighting: c(t): exp, sds or nfsd.
     distance_space: pixel or latent: where the student's x0 is compared with the teacher's, in the distillation and in
@@ -97,6 +98,8 @@ class ADDConfig:
         ):
             fits = all(math.isfinite(scale) and scale >= 0 for scale in scales)
             errors.require(fits, name, getattr(self, name), "finite, 0 or more; 1 is no guidance")
+        rises = self.teacher_guidance == sorted(self.teacher_guidance)
+        errors.require(rises, "teacher_guidance", self.teacher_guidance, "[low, high] with low <= high")
         for name in ("teacher_timesteps", "latent_timesteps"):
             value = getattr(self, name)
             low, high = value if len(value) == 2 else (1, 0)
@@ -119,8 +122,19 @@ class ADDConfig:
         errors.require(
             fits, "trajectory_steps", self.trajectory_steps, f"a multiple of student_steps, {self.student_steps}"
         )
-        terms = self.adversarial_weight + self.latent_weight + self.distillation_weight + self.trajectory_weight
-        errors.require(terms > 0, "adversarial_weight", self.adversarial_weight, "at least one weight above 0")
+        if self.adversarial_weight + self.latent_weight + self.distillation_weight + self.trajectory_weight == 0:
+            raise errors.ConfigError(
+                "adversarial_weight, latent_weight, distillation_weight and trajectory_weight are all 0; "
+                "at least one must be above 0"
+            )
+        for name in ("mismatch_weight", "finite_difference_weight"):
+            fits = self.adversarial_weight > 0 or getattr(self, name) == 0
+            errors.require(fits, name, getattr(self, name), "0 without the pixel heads, as adversarial_weight is 0")
+
+    @property
+    def looks(self) -> bool:
+        """Whether any term looks at pictures through the feature network."""
+        return self.adversarial_weight > 0 or (self.distance_space == "pixel" and self.trajectory_weight > 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,7 +147,10 @@ class _Seen:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Made:
-    """The student's estimate: x0 of the input x_s at `timesteps`; decoded, and looked at, where a term asks for it."""
+    """The student's estimate: x0 of the input x_s at `timesteps`.
+
+    images: x0 decoded; None where no term wants it. maps: of the images; none where no term looks at them.
+    """
 
     x_s: Tensor
     timesteps: Tensor
@@ -266,9 +283,8 @@ class StudentPhase(Phase):
         x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
         x0 = self.student(x_s, timesteps, batch.cond)
         in_pixels = config.distance_space == "pixel"
-        looks = bool(config.adversarial_weight or (in_pixels and config.trajectory_weight))
-        images = objective.decode(x0) if looks or (in_pixels and config.distillation_weight) else None
-        maps = _float(objective.feature_network(images).maps) if looks else ()
+        images = objective.decode(x0) if config.looks or (in_pixels and config.distillation_weight) else None
+        maps = _float(objective.feature_network(images).maps) if config.looks else ()
         return _Made(x_s, timesteps, x0, images, maps)
 
     @torch.no_grad()
@@ -303,7 +319,7 @@ class StudentPhase(Phase):
         weights = distillation.weight(config.weighting, alpha, sigma)  # type: ignore[arg-type]
         if config.distance_space == "latent":
             return distillation.distillation_loss(made.x0, target, weights)
-        assert made.images is not None, "the distance is in pixels"
+        assert made.images is not None, "a distance in pixels needs the student's images"
         with torch.no_grad():
             target = objective.decode(target)
         return distillation.distillation_loss(made.images, target, weights)
@@ -343,7 +359,7 @@ class StudentPhase(Phase):
         )
         if config.distance_space == "latent":
             return perceptual.pseudo_huber((made.x0 - end).square().mean((1, 2, 3))).mean()
-        assert made.images is not None, "the distance is in pixels"
+        assert made.images is not None, "a distance in pixels needs the student's images"
         target = objective.decode(end)
         squared = perceptual.map_distance(made.maps, self._look(target).maps)
         return perceptual.pseudo_huber(squared).mean() + (made.images - target).abs().mean()

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import ablation
 from diffusion_kd import errors
-from training import config, distill, teacher
+from training import config, demo, distill, teacher
 
 
 @pytest.mark.parametrize(("schema", "name"), [(teacher.TeacherConfig, "shapes"), (distill.DistillConfig, "shapes_add")])
@@ -98,8 +98,10 @@ def test_stages_may_be_left_out_where_nothing_needs_them(stages: str) -> None:
 
 
 def test_every_variant_of_the_ablation_is_valid() -> None:
-    for overrides in ablation.VARIANTS.values():
-        config.load(distill.DistillConfig, "shapes_add", overrides)
+    for variant in ablation.VARIANTS:
+        ablation.settings(variant, 1, 3200)
+    with pytest.raises(errors.ConfigError, match="images is 0"):
+        ablation.settings("ADD", 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +133,12 @@ def test_a_folder_remembers_what_its_run_started_from(tmp_path: pathlib.Path) ->
         config.claim(tmp_path / "run", {"teacher": "a", "seed": 0}, write=True)
     with pytest.raises(errors.ConfigError, match="a run with teacher = 'a', not 'b'"):
         config.claim(tmp_path / "run", {"teacher": "b", "seed": 0}, write=True)
+    for damaged in ("{", "[]"):
+        (tmp_path / "run" / "origin.json").write_text(damaged)
+        with pytest.raises(errors.ConfigError, match=r"origin\.json cannot be read"):
+            config.claim(tmp_path / "run", {"teacher": "a", "seed": 0}, write=True)
+
+
+def test_the_demo_is_adversarial() -> None:
+    loaded = config.load(distill.DistillConfig, "shapes_add_plus", demo.SHORT)
+    assert loaded.objective.latent_weight > 0 and loaded.objective.distillation_weight > 0

@@ -56,6 +56,14 @@ def test_a_folder_is_cut_to_size(tmp_path: pathlib.Path) -> None:
     assert images.captions([0], 0) == ["red"]
 
 
+def test_pictures_may_lie_elsewhere(tmp_path: pathlib.Path) -> None:
+    folder_with(tmp_path / "pictures", [{"file_name": "a.png", "text": "red"}])
+    (tmp_path / "captions").mkdir()
+    line = {"file_name": str(tmp_path / "pictures" / "a.png"), "text": "red"}
+    (tmp_path / "captions" / "metadata.jsonl").write_text(json.dumps(line))
+    assert len(data.FolderImages(tmp_path / "captions", 16)) == 1
+
+
 def test_to_tensor_has_the_promised_range() -> None:
     tensor = data.to_tensor(np.array([[[[0, 255, 128]]]], np.uint8))
     assert tensor.shape == (1, 3, 1, 1)

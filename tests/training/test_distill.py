@@ -110,7 +110,8 @@ def test_a_folder_of_another_run_is_refused(
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     for change, message in (
         (["--student", str(tmp_path / "run" / "student")], "a run with start = None"),
-        (["objective.distillation_weight=1"], "a run with objective = "),
+        (["objective.distillation_weight=1"], r"a run with objective\.distillation_weight = 2\.5, not 1\.0"),
+        (["training.learning_rate=1e-3"], r"a run with training\.learning_rate = "),
         (["seed=1"], "a run with seed = 0, not 1"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
@@ -120,6 +121,25 @@ def test_a_folder_of_another_run_is_refused(
     (pictures / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "another caption"}')
     with pytest.raises(errors.ConfigError, match="a run with data = "):
         distill.main(command)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fits"),
+    [
+        ([], False),
+        (["feature_network=dinov2"], True),
+        (["objective.adversarial_weight=0"], True),
+        (["objective.adversarial_weight=0", "objective.trajectory_weight=1"], False),
+        (["objective.adversarial_weight=0", "objective.trajectory_weight=1", "objective.distance_space=latent"], True),
+    ],
+)
+def test_the_embedded_encoder_is_refused_only_where_it_would_look(settings: list[str], fits: bool) -> None:
+    config = distill.configs.load(distill.DistillConfig, "shapes_add", settings)
+    if fits:
+        config.check_size(1024, shapes=False)
+    else:
+        with pytest.raises(errors.ConfigError, match="feature_network=dinov2"):
+            config.check_size(1024, shapes=False)
 
 
 def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -209,6 +209,8 @@ def test_there_must_be_something_to_restore(tmp_path: pathlib.Path) -> None:
         ("learning_rate", float("inf")),
         ("warmup_images", -1),
         ("decay_share", 1.5),
+        ("weight_decay", -1.0),
+        ("weight_decay", float("nan")),
         ("ema_decay", 1.0),
         ("max_grad_norm", 0.0),
         ("time_limit_s", -1.0),

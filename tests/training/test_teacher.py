@@ -105,6 +105,7 @@ def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: p
         (["--data", str(tmp_path / "nowhere")], "no folder"),
         (["unet.lr=1"], "unknown config key 'unet.lr'"),
         (["scenes=64", "--out", str(tmp_path / "file" / "run")], "is a file"),
+        (["--export-now"], "no checkpoint.pt"),
     ):
         command = [sys.executable, "-m", "training.teacher", "--out", str(out), *more]
         result = subprocess.run(command, capture_output=True, text=True)
