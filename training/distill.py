@@ -141,7 +141,7 @@ class Distillation:
         torch.manual_seed(config.seed)
         student = copy.deepcopy(self.parts.denoiser())
         if start is not None:
-            _go_on_from(student, start)
+            _go_on_from(student, self.parts, start)
         student.requires_grad_(True)
         self.objective: Objective = add.ADD(
             config.objective,
@@ -249,8 +249,8 @@ class Distillation:
         _log.info("exported %s", self.folder / "student")
 
 
-def _go_on_from(student: Denoiser, start: str) -> None:
-    """Give a copy of the teacher the weights of an earlier student."""
+def _go_on_from(student: Denoiser, teacher: artifact.Parts, start: str) -> None:
+    """Give a copy of the teacher the weights of an earlier student of it."""
     earlier = artifact.load(start)
     if earlier.scheduler.config.prediction_type != student.prediction_type:
         raise errors.ModelError(
@@ -264,6 +264,21 @@ def _go_on_from(student: Denoiser, start: str) -> None:
             f"{start} is not of the teacher's architecture ({errors.first_line(error)}); "
             "start from a student of this teacher"
         ) from None
+    if not _same_weights(teacher.vae, earlier.vae):
+        raise errors.ModelError(
+            f"{start} has another autoencoder than the teacher, so its latents mean something else; "
+            "start from a student of this teacher"
+        )
+
+
+def _same_weights(module: nn.Module, other: nn.Module) -> bool:
+    """Whether they agree to within half precision, in which a student may be stored."""
+    ours, theirs = module.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        weight.shape == theirs[name].shape
+        and torch.allclose(weight.cpu().float(), theirs[name].cpu().float(), rtol=1e-2, atol=1e-4)
+        for name, weight in ours.items()
+    )
 
 
 def _code_version() -> str:

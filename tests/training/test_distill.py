@@ -169,7 +169,11 @@ def test_a_start_of_another_kind_is_refused(
     models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     artifact.save_pipeline(tmp_path / "epsilon", parts=toys.tiny_parts("epsilon"))
+    elsewhere = toys.tiny_parts()
+    torch.nn.init.normal_(elsewhere.vae.quant_conv.weight)
+    artifact.save_pipeline(tmp_path / "elsewhere", parts=elsewhere)
     for start, message in (
+        (str(tmp_path / "elsewhere"), "has another autoencoder than the teacher"),
         (str(tmp_path / "epsilon"), "predicts epsilon and the teacher v_prediction"),
         ("shapes-student", "not of the teacher's architecture"),
     ):
