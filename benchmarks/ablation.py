@@ -65,10 +65,8 @@ def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathl
 
 def untrained() -> pipeline.FewStepPipeline:
     """The teacher's own weights in the student's sampler: where every variant starts."""
-    parts = artifact.load("shapes-teacher")
-    steps = add.ADDConfig().student_steps
-    parts = dataclasses.replace(parts, scheduler=artifact.student_scheduler(parts.scheduler, steps))
-    return pipeline.FewStepPipeline(parts, {int(n): t for n, t in pipeline.trained_timesteps(steps).items()})
+    timesteps = pipeline.trained_timesteps(add.ADDConfig().student_steps)
+    return pipeline.FewStepPipeline(artifact.load("shapes-teacher"), {int(n): t for n, t in timesteps.items()})
 
 
 def measure(exam: compare.Exam, teacher: compare.Work, student: pipeline.FewStepPipeline) -> Measures:

@@ -16,8 +16,8 @@ from training import data, distill
 _log = logging.getLogger(__name__)
 
 SHORT = ("training.ema_decay=0.98", "objective.latent_weight=0.01", "objective.latent_timesteps=[20,400]")
-"""What a run of minutes does otherwise than `shapes_add_plus`: a shorter average, and a light adversarial term, which
-in short runs brings the pictures' distribution nearer to the true one (docs/recipes.md)."""
+"""What the demo does otherwise than `shapes_add_plus`: a shorter average, as it lasts minutes, and a light adversarial
+term, so that it shows the whole method (docs/recipes.md says what it does)."""
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -232,7 +232,7 @@ def test_an_epsilon_teacher_without_terminal_signal_is_refused() -> None:
     ],
 )
 def test_impossible_settings_are_refused_by_name(settings: dict[str, Any]) -> None:
-    with pytest.raises(errors.ConfigError):
+    with pytest.raises(errors.ConfigError, match=list(settings)[-1]):
         add.ADDConfig(**settings)
 
 
