@@ -6,6 +6,7 @@ DiffusionKDError
 ├── ModelError             a model folder or its weights cannot be used
 │   └── ArtifactError      an exported student cannot be written or read
 ├── TrainingError          a training that cannot go on
+├── ComparisonError        two numbers that were not measured alike
 └── UnknownShapeError      a word outside the shapes domain
 
 Messages say what was wrong, what was given and what would do. Command lines print the message alone and
@@ -38,6 +39,10 @@ class ArtifactError(ModelError):
 
 class TrainingError(DiffusionKDError):
     """A training that cannot go on."""
+
+
+class ComparisonError(DiffusionKDError):
+    """Two numbers that were not measured alike."""
 
 
 class UnknownShapeError(DiffusionKDError):

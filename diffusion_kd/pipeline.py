@@ -49,6 +49,15 @@ class _Pipeline:
         self.stage_s["text"] += self._now_s() - since
         return cond
 
+    def _first_noise(self, generators: Sequence[torch.Generator], latents: Tensor | None) -> Tensor:
+        """That of each seed, or `latents` for everyone. Raises ConfigError for latents of another shape."""
+        drawn = self._noise(generators)
+        if latents is None:
+            return drawn
+        if latents.shape not in (drawn.shape[1:], (1, *drawn.shape[1:])):
+            raise errors.ConfigError(f"latents must be {tuple(drawn.shape[1:])}, not {tuple(latents.shape)}")
+        return latents.to(drawn).expand_as(drawn)
+
     def _noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         config = self.parts.unet.config
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
@@ -80,11 +89,18 @@ class FewStepPipeline(_Pipeline):
 
     @torch.inference_mode()
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 4, guidance_scale: float = 0.0
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 4,
+        guidance_scale: float = 0.0,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) float32 in [-1, 1], on the CPU.
 
         steps: one of the counts the student was trained for. guidance_scale: must be 0.
+        latents: (C, h, w), unit noise that every image starts from instead of its seed's; later noise is the seed's.
         Raises ConfigError for other values, or unless there is one seed for each prompt.
         """
         if steps not in self.timesteps:
@@ -99,7 +115,7 @@ class FewStepPipeline(_Pipeline):
         x0: Tensor | None = None
         for timestep in self.timesteps[steps]:
             now = torch.full((len(prompts),), timestep, device=self.device)
-            noise = self._noise(generators)
+            noise = self._first_noise(generators, latents) if x0 is None else self._noise(generators)
             x_t = noise if x0 is None else self.denoiser.schedule.add_noise(x0, noise, now)
             x0 = self.denoiser(x_t, now, cond)
         assert x0 is not None, "every step count has timesteps"
@@ -112,10 +128,19 @@ class TeacherPipeline(_Pipeline):
 
     @torch.inference_mode()
     def __call__(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 50, guidance_scale: float = 5.0
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | None = None,
+        latents: Tensor | None = None,
     ) -> Tensor:
         """Images (B, 3, H, W) float32 in [-1, 1], on the CPU. guidance_scale: 1 or less is none.
 
+        negative_prompt: what guidance leads away from; None: from the absence of a prompt.
+        latents: (C, h, w), unit noise that every image starts from instead of its seed's.
         Raises ConfigError unless there is one seed for each prompt and 1 <= steps <= 1000.
         """
         scheduler = self.parts.scheduler
@@ -125,11 +150,12 @@ class TeacherPipeline(_Pipeline):
         cond = self._encode(prompts)
         guided = guidance_scale > 1
         if guided:
-            cond = Conditioning.concatenate([no_prompt(cond), cond])
+            away = no_prompt(cond) if negative_prompt is None else self._encode([negative_prompt] * len(prompts))
+            cond = Conditioning.concatenate([away, cond])
         scheduler.set_timesteps(steps, device=self.device)
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
         options = {"generator": generators} if takes_generator else {}
-        x_t = self._noise(generators) * scheduler.init_noise_sigma
+        x_t = self._first_noise(generators, latents) * scheduler.init_noise_sigma
         since = self._now_s()
         for timestep in scheduler.timesteps:
             doubled = scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, timestep)

@@ -1,109 +1,331 @@
-"""The report as JSON, as a table and on disk."""
+"""The report as JSON and as a table. docs/evaluation.md describes the schema."""
 
 import dataclasses
-import importlib.metadata
-import json
-import pathlib
-import platform
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
+import json
+import pathlib
 
-import PIL.Image
-import torch
+import numpy as np
 
-import diffusion_kd
-from diffusion_kd.shapes import scenes
-from eval import compare, embedding, grid
+from eval import examine, fingerprint, gate, inception, measure, stats
+from eval.fingerprint import Fingerprint, Value
+from eval.metrics import cmmd, mind, precision_recall
 
-SCHEMA_VERSION = 1
-REPORT_NAME, SAMPLES_NAME = "report.json", "samples.png"
-_SAMPLES_ROWS = 8
-_LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pillow")
+SCHEMA_VERSION = 2
+REPORT_NAME, PAGE_NAME = "report.json", "report.html"
+SLICED = ("prompt_accuracy", "clip_score", "lpips_to_teacher", "diversity")
 
 
-def build(
-    exam: compare.Exam, reference: compare.Reference, rows: Sequence[compare.Row], models: Mapping[str, str]
-) -> dict[str, Any]:
-    """The report as plain JSON values. models: what each model name in the rows stands for."""
+def build(examination: examine.Examination, command: str) -> dict[str, Any]:
+    """The report as plain JSON values. command: how to make it again."""
+    plan, prints = examination.plan, _Fingerprints(examination)
+    rows = [_row(examination, result, prints) for result in examination.results]
     return {
         "schema_version": SCHEMA_VERSION,
-        "protocol": _protocol(exam, models),
-        "reference": dataclasses.asdict(reference),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "verdict": str(examination.verdict),
+        "complete": not examination.lost,
+        "command": command,
+        "protocol": _protocol(examination),
+        "models": _models(examination),
+        "floor": dataclasses.asdict(plan.floor),
+        "reference": examination.reference_name,
+        "attainable": _plain({
+            key: {"value": estimate.whole, "corrected": estimate.corrected}
+            for key, estimate in (examination.attainable or {}).items()
+        }),
+        "rows": rows,
+        "lost": examination.lost,
+        "fingerprints": prints.table,
     }
 
 
-def _protocol(exam: compare.Exam, models: Mapping[str, str]) -> dict[str, Any]:
-    """Who was asked what, and what the numbers were measured with."""
+def _protocol(examination: examine.Examination) -> dict[str, Any]:
+    plan = examination.plan
+    edge = sum(prompt.edge_case for prompt in plan.suite.prompts)
     return {
-        "id": "shapes",
-        **dataclasses.asdict(exam.protocol),
-        "prompts_held_out": exam.protocol.held_out,
-        "image_seeds": {"first": exam.seeds[0], "last": exam.seeds[-1]},
-        "resolution_px": scenes.IMAGE_SIZE_PX,
-        "feature_network": exam.network.name,
-        "metrics": _metric_names(exam.network.name),
-        "models": dict(models),
-        "batch_size": exam.batch_size,
-        "device": embedding.device_of(exam.network).type,
-        "cpu_threads": torch.get_num_threads(),
-        "versions": {
-            "diffusion_kd": diffusion_kd.__version__,
-            "python": platform.python_version(),
-            **{library: importlib.metadata.version(library) for library in _LIBRARIES},
+        "id": plan.protocol.id,
+        "about": plan.protocol.about,
+        "suite": plan.suite.name,
+        "prompts": len(plan.suite.prompts) - edge,
+        "edge_cases": edge,
+        "prompts_sha256": plan.suite.sha256,
+        "prompts_longer_than_clip_reads": examination.overlong,
+        "images_per_prompt": plan.protocol.images_per_prompt,
+        "resolution_px": plan.protocol.resolution_px,
+        "seed": plan.seed,
+        "batch_size": plan.batch_size,
+        "device": plan.device,
+        "price_per_hour_usd": plan.price_per_hour_usd,
+    }
+
+
+def _models(examination: examine.Examination) -> dict[str, dict[str, str]]:
+    entrants = [result.entrant for result in examination.results]
+    return {each.model: {"source": each.source, "artifact_sha256": each.artifact_sha256} for each in entrants}
+
+
+# --- values -----------------------------------------------------------------------------------------
+
+
+class _Fingerprints:
+    """Makes the fingerprint of each value and keeps each once."""
+
+    def __init__(self, examination: examine.Examination) -> None:
+        self._examination = examination
+        self._hashes = examination.instruments.sha256()
+        self._versions = fingerprint.versions()
+        self.table: dict[str, dict[str, Any]] = {}
+
+    def keep(self, made: Fingerprint) -> str:
+        self.table[made.digest()] = dataclasses.asdict(made)
+        return made.digest()
+
+    def make(self, key: str, result: examine.Result, reference: str) -> Fingerprint:
+        plan, parts = self._examination.plan, self._examination.instruments
+        metric, network, settings = _described(key, self._examination)
+        resizer: Any = {parts.features.name: parts.features, parts.clip.name: parts.clip}.get(network)
+        if network == parts.measure.name and resizer is None:
+            resizer = parts.measure.maps
+        return Fingerprint(
+            metric=metric,
+            network=network,
+            network_sha256=self._hashes.get(network, ""),
+            resizer="none" if resizer is None else resizer.resizer,
+            antialias=resizer is not None and resizer.antialias,
+            reference=reference,
+            samples=_samples(key, result, plan.protocol.images_per_prompt),
+            prompts_sha256=plan.suite.sha256,
+            images_per_prompt=plan.protocol.images_per_prompt,
+            seed=plan.seed,
+            resolution_px=plan.protocol.resolution_px,
+            settings=settings,
+            versions=self._versions,
+        )
+
+
+def _described(key: str, examination: examine.Examination) -> tuple[str, str, dict[str, Any]]:
+    """Name in full, name of the network, and further settings of a metric."""
+    parts, protocol = examination.instruments, examination.plan.protocol
+    features, clip, distance = parts.features.name, parts.clip.name, parts.measure.name
+    scale = "" if protocol.clip_scale == 1 else f" x{protocol.clip_scale:g}"
+    names: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "fd": (inception.frechet_name(parts.features), features, {}),
+        "patch_fd": (f"patch {inception.frechet_name(parts.features)}", features, {"crop_px": protocol.crop_px}),
+        "kid": (f"KID[{features}]", features, {"subsets": "none: all pictures"}),
+        "mind": (f"MIND[{features}]", features, {"projections": mind.PROJECTIONS, "seed": mind.SEED}),
+        "cmmd": (f"CMMD[{clip}]", clip, {"sigma": cmmd.SIGMA, "scale": cmmd.SCALE}),
+        "precision": (f"precision[{features}]", features, {"neighbours": precision_recall.NEIGHBOURS}),
+        "recall": (f"recall[{features}]", features, {"neighbours": precision_recall.NEIGHBOURS}),
+        "clip_score": (f"CLIP score[{clip}]{scale}", clip, {"prefix": protocol.clip_prefix, "scale": protocol.clip_scale}),
+        "lpips_to_teacher": (f"LPIPS[{distance}]", distance, {}),
+        "diversity": (f"LPIPS diversity[{distance}]", distance, {}),
+        "prompt_accuracy": ("prompt accuracy[shapes-oracle]", "", {}),
+    }
+    return names[key.removesuffix("_to_teacher") if key != "lpips_to_teacher" else key]
+
+
+def _samples(key: str, result: examine.Result, images_per_prompt: int) -> int:
+    if key in SLICED:
+        return int(np.isfinite(result.measured.scores[key]).sum()) * images_per_prompt
+    return len(result.measured.sets.whole)
+
+
+def values(examination: examine.Examination, result: examine.Result) -> dict[str, Value]:
+    """Every number of an entrant over the standard prompts, by key."""
+    return _Values(examination, result, _Fingerprints(examination)).all()
+
+
+class _Values:
+    def __init__(self, examination: examine.Examination, result: examine.Result, prints: _Fingerprints) -> None:
+        self._examination, self._result, self._prints = examination, result, prints
+        teacher = examination.results[0].entrant
+        self._teacher_name = (
+            f"{teacher.artifact_sha256[:12]}, {teacher.steps} steps, guidance {teacher.guidance_scale:g}, "
+            f"{json.dumps(teacher.settings, sort_keys=True)}"
+        )
+
+    def all(self) -> dict[str, Value]:
+        result, truth = self._result, self._examination.reference_name
+        found = {key: self._distance(key, estimate, truth) for key, estimate in result.evidence.sets.items()}
+        found |= {key: self._value(key, share, None, truth) for key, share in result.precision_recall.items()}
+        for key, estimate in result.to_teacher.items():
+            found[f"{key}_to_teacher"] = self._distance(f"{key}_to_teacher", estimate, self._teacher_name)
+        (_, members), *_ = gate.slices(self._examination.plan.suite, "all")
+        for key in SLICED:
+            if key in result.measured.scores:
+                reference = self._teacher_name if key == "lpips_to_teacher" else "none"
+                mean, interval = mean_of(key, result.measured.scores[key][members])
+                if mean is not None:
+                    found[key] = self._value(key, mean, interval, reference)
+        return found
+
+    def _distance(self, key: str, estimate: stats.Jackknife, reference: str) -> Value:
+        print_ = self._prints.make(key, self._result, reference)
+        return Value(
+            value=estimate.whole, interval=estimate.interval(), fingerprint=print_, corrected=estimate.corrected
+        )
+
+    def _value(self, key: str, value: float, interval: tuple[float, float] | None, reference: str) -> Value:
+        return Value(value=value, interval=interval, fingerprint=self._prints.make(key, self._result, reference))
+
+
+def mean_of(metric: str, scores: measure.NDArray[np.float64]) -> tuple[float | None, tuple[float, float] | None]:
+    """Mean over the prompts of which the metric says something, and its 95 % interval; None for none."""
+    known = scores[np.isfinite(scores)]
+    if not len(known):
+        return None, None
+    mean = float(known.mean())
+    if metric == "prompt_accuracy":
+        return mean, stats.wilson_interval(mean * len(known), len(known))
+    return mean, stats.bootstrap_interval(known)
+
+
+# --- rows -------------------------------------------------------------------------------------------
+
+
+def _row(examination: examine.Examination, result: examine.Result, prints: _Fingerprints) -> dict[str, Any]:
+    plan, entrant = examination.plan, result.entrant
+    found = _Values(examination, result, prints).all()
+    timed = result.speed
+    row = {
+        "model": entrant.model,
+        "steps": entrant.steps,
+        "guidance_scale": entrant.guidance_scale,
+        "values": {key: _value(value, prints) for key, value in found.items()},
+        "prompt_accuracy_by": {key: mean_of("prompt_accuracy", row)[0] for key, row in result.measured.facts.items()},
+        "slices": _slices(examination, result),
+        "speed": {
+            "latency_s": timed.median_latency_s,
+            "latency_runs_s": list(timed.latency_s),
+            "batch_size": timed.batch_size,
+            "seconds_per_image": timed.seconds_per_image,
+            "images_per_second": 1 / timed.seconds_per_image,
+            "peak_memory_gb": timed.peak_memory_gb,
+            "cost_usd": None if plan.price_per_hour_usd is None else timed.cost_usd(plan.price_per_hour_usd),
         },
     }
+    if result.verdict is not None:
+        row["verdict"] = {
+            "outcome": str(result.verdict.outcome),
+            "because": result.verdict.sentences(),
+            "checks": [_check(check) for check in result.verdict.checks],
+        }
+    if entrant.model == examine.TEACHER and plan.protocol.windows:
+        row["windows"] = {
+            key: {"least": low, "most": high, "met": low <= found[key].value <= high}
+            for key, (low, high) in plan.protocol.windows.items()
+            if key in found
+        }
+    return _plain(row)  # type: ignore[no-any-return]
 
 
-def _metric_names(network: str) -> dict[str, str]:
-    """What each number really is, in full."""
+def _value(value: Value, prints: _Fingerprints) -> dict[str, Any]:
     return {
-        "prompt_accuracy": "share of pictures in which the shapes oracle reads every fact asked for; 95 %: Wilson",
-        "frechet_distance": f"FD[{network}] of 8-bit pictures to true renders of the same prompts",
-        "frechet_distance_to_teacher": f"FD[{network}] of 8-bit pictures to the teacher's",
-        "clip_score": f"mean cosine[{network}] of picture and prompt, not scaled",
-        "lpips_to_teacher": f"LPIPS[{network}] without learnt weights, same prompt and seed as the teacher",
-        "diversity": f"mean LPIPS[{network}] without learnt weights between pictures of one prompt",
-        "seconds_per_image": "median over batches of the wall time of a batch, divided by its size",
+        "name": value.fingerprint.metric,
+        "value": value.value,
+        "corrected": value.corrected,
+        "interval": value.interval,
+        "fingerprint": prints.keep(value.fingerprint),
     }
+
+
+def _check(check: gate.Check) -> dict[str, Any]:
+    return {
+        "metric": check.metric,
+        "slice": check.slice,
+        "retention": check.retention.value,
+        "interval": check.retention.interval,
+        "floor": check.retention.floor,
+        "samples": check.retention.samples,
+        "needs": check.needs,
+        "band": gate.band(check.retention.value),
+        "outcome": str(check.outcome),
+        "sentence": check.sentence(),
+    }
+
+
+def _slices(examination: examine.Examination, result: examine.Result) -> dict[str, Any]:
+    """metric -> slice -> mean, its interval, and the retention against the teacher with its interval."""
+    plan, teacher = examination.plan, examination.results[0]
+    named = [
+        (name, members, over.startswith("edge"))
+        for over in ("all", "category", "edge_cases", "edge_category")
+        for name, members in gate.slices(plan.suite, over)
+        if len(members)
+    ]
+    table: dict[str, dict[str, Any]] = {}
+    for metric in SLICED:
+        scores = result.measured.scores.get(metric)
+        for name, members, edge in named if scores is not None else ():
+            mean, interval = mean_of(metric, scores[members])  # type: ignore[index]
+            if mean is None:
+                continue
+            entry: dict[str, Any] = {"value": mean, "interval": interval, "prompts": len(members), "edge_case": edge}
+            if result is not teacher and metric in gate.PROMPT_METRICS:
+                kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)
+                if kept is not None:
+                    entry |= {"retention": kept.value, "retention_interval": kept.interval, "band": gate.band(kept.value)}
+            table.setdefault(metric, {})[name] = entry
+    return table
+
+
+def _plain(content: Any) -> Any:
+    """Infinite and undefined numbers, which JSON has not, become null."""
+    if isinstance(content, Mapping):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 # --- for the terminal -------------------------------------------------------------------------------
 
-_HEADINGS = (
-    "model", "steps", "guidance", "accuracy", "95 %", "seen", "held out",
-    "FD", "FD teacher", "CLIP", "LPIPS teacher", "diversity ratio", "s/image",
+_COLUMNS = (
+    ("accuracy", "prompt_accuracy", 3), ("FD", "fd", 2), ("patch FD", "patch_fd", 2), ("KID", "kid", 3),
+    ("CMMD", "cmmd", 3), ("MIND", "mind", 2), ("recall", "recall", 3), ("CLIP", "clip_score", 3),
+    ("diversity", "diversity", 3), ("FD teacher", "fd_to_teacher", 2), ("LPIPS teacher", "lpips_to_teacher", 3),
 )  # fmt: skip
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The rows as aligned plain text, true renders last."""
-    protocol, truth = report["protocol"], report["reference"]
-    lines = [_HEADINGS, *(_cells(row) for row in report["rows"])]
-    lines.append(("true renders", "", "", f"{truth['prompt_accuracy']:.3f}", "", "", "",
-                  f"{truth['frechet_distance']:.2f}", "", f"{truth['clip_score']:.3f}", "", "", ""))  # fmt: skip
+    """The rows as aligned plain text, then the verdict and what decided it."""
+    shown = [column for column in _COLUMNS if any(column[1] in row["values"] for row in report["rows"])]
+    heading = ("model", "steps", "guidance", *(name for name, _, _ in shown), "edge cases", "ms/image", "verdict")
+    lines = [heading, *(_cells(row, shown) for row in report["rows"])]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    title = f"{protocol['prompts']} prompts; FD, CLIP, LPIPS, diversity: features of {protocol['feature_network']}"
-    return "\n".join([title, *(_align(line, widths) for line in lines)])
+    protocol = report["protocol"]
+    networks = sorted({each["network"] for each in report["fingerprints"].values() if each["network"]})
+    title = (
+        f"{protocol['id']}: {protocol['prompts']} prompts and {protocol['edge_cases']} edge cases, "
+        f"{protocol['images_per_prompt']} pictures each; networks: {', '.join(networks)}"
+    )
+    return "\n".join([title, *(_align(line, widths) for line in lines), "", *verdict_lines(report)])
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = row["prompt_accuracy_interval"]
+def verdict_lines(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"verdict: {report['verdict']}"]
+    for row in report["rows"]:
+        if row["model"] == examine.STUDENT:
+            lines.append(f"  {row['steps']} step{'s' if row['steps'] > 1 else ''}: {row['verdict']['outcome']}")
+            lines += [f"    {sentence}" for sentence in row["verdict"]["because"]]
+    return lines
+
+
+def _cells(row: Mapping[str, Any], shown: Sequence[tuple[str, str, int]]) -> tuple[str, ...]:
+    numbers = (_number(row["values"].get(key, {}).get("value"), digits) for _, key, digits in shown)
+    sliced = row["slices"].get("prompt_accuracy") or row["slices"].get("clip_score") or {}
+    edge = sliced.get("all edge cases", {}).get("value")
     return (
         row["model"],
         str(row["steps"]),
         f"{row['guidance_scale']:g}",
-        f"{row['prompt_accuracy']:.3f}",
-        f"{low:.3f}-{high:.3f}",
-        f"{row['prompt_accuracy_seen']:.3f}",
-        f"{row['prompt_accuracy_held_out']:.3f}",
-        f"{row['frechet_distance']:.2f}",
-        _number(row["frechet_distance_to_teacher"], 2),
-        f"{row['clip_score']:.3f}",
-        _number(row["lpips_to_teacher"], 3),
-        _number(row["diversity_ratio"], 3),
-        f"{row['seconds_per_image']:.4f}",
+        *numbers,
+        _number(edge, 3),
+        f"{1000 * row['speed']['latency_s']:.1f}",
+        row.get("verdict", {}).get("outcome", "-"),
     )
 
 
@@ -117,34 +339,20 @@ def _align(line: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-# --- for the eye ------------------------------------------------------------------------------------
-
-
-def samples(exam: compare.Exam, works: Sequence[compare.Work]) -> PIL.Image.Image:
-    """The teacher's and the students' pictures of some prompts, the same seed along each row."""
-    rows = exam.protocol.spread(_SAMPLES_ROWS)
-    columns = [
-        grid.Column(_heading(work.entrant), work.images_uint8[rows])
-        for work in works
-        if work.entrant.model != compare.TEACHER_FEW_STEPS
-    ]
-    return grid.draw_grid(columns, [exam.prompts[row] for row in rows])
-
-
-def _heading(entrant: compare.Entrant) -> str:
-    return f"{entrant.model.replace('_', ' ')}\n{entrant.steps} step{'s' if entrant.steps > 1 else ''}"
-
-
 # --- on disk ----------------------------------------------------------------------------------------
 
 
-def write(folder: pathlib.Path, report: Mapping[str, Any], grid: PIL.Image.Image) -> None:
-    """Write `report.json` and `samples.png`; an earlier report there is replaced, and no file is ever half-written."""
+def write(folder: pathlib.Path, files: Mapping[str, str]) -> None:
+    """Write texts, name -> content; earlier ones there are replaced, and no file is ever half-written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as beside:
         draft = pathlib.Path(beside)
-        grid.save(draft / SAMPLES_NAME)
-        (draft / REPORT_NAME).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        for name, text in files.items():
+            (draft / name).write_text(text, encoding="utf-8")
         folder.mkdir(exist_ok=True)
-        for name in (SAMPLES_NAME, REPORT_NAME):
+        for name in files:
             (draft / name).replace(folder / name)
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"

@@ -1,73 +1,110 @@
-"""Report how good students are against their teacher: `python -m eval.run --teacher DIR --student DIR`.
+"""Judge a student against its teacher: `python -m eval.run --teacher DIR --student DIR --out DIR`.
 
-Rows: the teacher at 50 guided steps; the teacher at each of the students' step counts, guided and not: what a student
-must beat; the student, and optionally the shipped one, at each of its step counts. Writes `report.json` and
-`samples.png`.
+Generates with the same prompts and seeds for both, measures, and holds the student against the quality floor. Writes
+`report.json` and `report.html`. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 for an error.
+
+Under `accelerate launch` (or `torchrun`) the processes share the generating; the launcher has its own exit codes.
 """
 
 import argparse
-import dataclasses
+import errno
 import logging
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
-from diffusion_kd import errors, files, pipeline
-from eval import compare, protocols, report
+from diffusion_kd import errors, files
+from eval import examine, gate, page, processes, protocols, report, stats, suites
 
-TEACHER_STEPS = 50
-UNGUIDED, STUDENT_GUIDANCE = 1.0, 0.0
-FEATURE_NETWORK = "shapes-encoder"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the command line asks for. Raises ConfigError for what cannot be asked.
-
-    teacher, student, shipped_student: a folder or a name that `diffusion_kd.pipeline` knows; None: no such rows.
-    """
-
-    teacher: str
-    student: str
-    shipped_student: str | None
-    prompts: int
-    seed: int
-    steps: tuple[int, ...]
-    guidance_scale: float
-    batch_size: int
-    device: str
-    out: pathlib.Path
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise errors.ConfigError(f"--batch-size must be at least 1, not {self.batch_size}")
-        if not self.guidance_scale > UNGUIDED:
-            raise errors.ConfigError(f"--guidance-scale must be above 1 (1 is none), not {self.guidance_scale:g}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise errors.ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-
-    def models(self) -> dict[str, str]:
-        """Model names in the rows, and where each comes from."""
-        named = {compare.TEACHER: self.teacher, compare.TEACHER_FEW_STEPS: self.teacher, compare.STUDENT: self.student}
-        return named | ({compare.SHIPPED_STUDENT: self.shipped_student} if self.shipped_student else {})
+EXIT_CODES = {stats.Outcome.PASS: 0, stats.Outcome.FAIL: 1, stats.Outcome.INCONCLUSIVE: 2}
+EXIT_ERROR = 3
 
 
-def parse(arguments: Sequence[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Compare students with their teacher.")
-    parser.add_argument("--teacher", default="shapes-teacher", help="a pipeline folder or a name")
-    parser.add_argument("--student", default="shapes-student", help="an exported student's folder or a name")
-    parser.add_argument("--shipped-student", help="a second student to compare with, usually shapes-student")
-    parser.add_argument("--prompts", type=int, default=1024, help="how many; a quarter asks for held-out pairs")
-    parser.add_argument("--seed", type=int, default=protocols.ShapesProtocol().seed, help="of prompts and pictures")
-    parser.add_argument("--steps", default="1,2,4", help="the students', and the untrained teacher's, step counts")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the teacher's; above 1")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/eval"), help="the report's folder")
-    given = vars(parser.parse_args(arguments))
-    return Settings(**given | {"steps": _step_counts(given["steps"])})
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_ERROR, f"error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m eval.run",
+        description="Judge a student against its teacher. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 error.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--teacher", default="shapes-teacher", help="a pipeline folder, a hub id or shapes-teacher")
+    add("--student", default="shapes-student", help="an exported student's folder, a hub id or shapes-student")
+    add("--protocol", default="shapes", help=f"one of {', '.join(protocols.PROTOCOLS)}")
+    add("--steps", default="1,2,4", help="the student's step counts, each judged")
+    add("--suite", help="prompts by name or from a JSON lines file, instead of the protocol's own")
+    add("--floor", type=pathlib.Path, help="a quality floor, instead of the protocol's own in eval/floors")
+    add("--prompts", type=int, help="about so many prompts of the suite, for a quick look; all, if not given")
+    add("--baseline", action="store_true", help="also judge the teacher at the student's step counts, untrained for them")
+    add("--beside", help="another student to show beside it")
+    add("--teacher-steps", type=int, help="instead of the protocol's own")
+    add("--guidance-scale", type=float, help="the teacher's, instead of the protocol's own; 1 is none")
+    add("--seed", type=int, default=0, help="of the pictures")
+    add("--batch-size", type=int, default=16, help="pictures at a time")
+    add("--price-per-hour", type=float, help="of the device, in dollars, for the cost of a picture")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--data", type=pathlib.Path, default=pathlib.Path("data"), help="folder of data sets and weights of a protocol")
+    add("--cache", type=pathlib.Path, default=pathlib.Path("runs/cache"), help="where generated pictures are kept")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/eval"), help="the report's folder")
+    return parser
+
+
+def plan(arguments: Sequence[str] | None = None) -> tuple[examine.Plan, pathlib.Path]:
+    """What the command line asks for, and where the report goes. Raises DiffusionKDError before anything is loaded."""
+    given = _parser().parse_args(arguments)
+    protocol = protocols.named(given.protocol)
+    _check(given, protocol)
+    files.check_folder(given.out)
+    files.check_folder(given.cache)
+    if absent := protocol.missing(given.data):
+        raise errors.DataError(absent)
+    suite = suites.load(given.suite) if given.suite else protocol.suite(given.data)
+    if given.prompts is not None:
+        suite = suite.first(given.prompts)
+    made = examine.Plan(
+        protocol=protocol,
+        suite=suite,
+        floor=gate.load(given.floor or gate.FLOORS / f"{protocol.floor}.yaml"),
+        teacher=given.teacher,
+        student=given.student,
+        beside=given.beside,
+        steps=_step_counts(given.steps),
+        teacher_steps=given.teacher_steps or protocol.teacher_steps,
+        guidance_scale=protocol.guidance_scale if given.guidance_scale is None else given.guidance_scale,
+        baseline=given.baseline,
+        seed=given.seed,
+        batch_size=given.batch_size,
+        device=given.device,
+        data=given.data,
+        cache=given.cache,
+        price_per_hour_usd=given.price_per_hour,
+    )
+    return made, given.out
+
+
+def _check(given: argparse.Namespace, protocol: protocols.Protocol) -> None:
+    errors.require(given.batch_size >= 1, "--batch-size", given.batch_size, "at least 1")
+    errors.require(given.prompts is None or given.prompts >= 1, "--prompts", given.prompts, "at least 1")
+    errors.require(0 <= given.seed < 2**62, "--seed", given.seed, "at least 0 and below 2**62")
+    steps, scale, price = given.teacher_steps, given.guidance_scale, given.price_per_hour
+    errors.require(steps is None or 1 <= steps <= 1000, "--teacher-steps", steps, "between 1 and 1000")
+    errors.require(scale is None or 1 <= scale <= 100, "--guidance-scale", scale, "between 1 (none) and 100")
+    errors.require(price is None or 0 < price < 1e6, "--price-per-hour", price, "above 0")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise errors.ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if not protocol.oracle and "shapes-teacher" in (given.teacher, given.student):
+        raise errors.ConfigError(f"protocol {protocol.id} judges SDXL-class models: give --teacher and --student")
+    if given.student == given.teacher:
+        raise errors.ConfigError(f"--student is the teacher itself, {given.teacher}; give an exported student")
 
 
 def _step_counts(text: str) -> tuple[int, ...]:
@@ -77,47 +114,41 @@ def _step_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def enter(settings: Settings) -> tuple[compare.Entrant, list[compare.Entrant]]:
-    """Load the models: the teacher, and everyone that is compared with it."""
-    sampler, guidance = pipeline.load_teacher(settings.teacher), settings.guidance_scale
-    sampler.to(settings.device)
-    teacher = compare.Entrant(compare.TEACHER, sampler, TEACHER_STEPS, guidance)
-    others = [
-        compare.Entrant(compare.TEACHER_FEW_STEPS, sampler, steps, scale)
-        for steps in settings.steps
-        for scale in (guidance, UNGUIDED)
-    ]
-    for model, name in ((compare.STUDENT, settings.student), (compare.SHIPPED_STUDENT, settings.shipped_student)):
-        if name is not None:
-            student = pipeline.load_student(name)
-            student.to(settings.device)
-            others += [compare.Entrant(model, student, steps, STUDENT_GUIDANCE) for steps in settings.steps]
-    return teacher, others
-
-
-def run(settings: Settings) -> str:
-    """Examine, write the report, and return its table."""
-    protocol = protocols.ShapesProtocol(prompts=settings.prompts, seed=settings.seed)
-    files.check_folder(settings.out)
-    teacher, others = enter(settings)
-    network = pipeline.load_feature_network(FEATURE_NETWORK).to(settings.device)
-    exam = compare.Exam(protocol, network, batch_size=settings.batch_size)
-    rows, works = zip(*compare.compare(exam, teacher, others), strict=True)
-    written = report.build(exam, exam.reference(), rows, settings.models())
-    report.write(settings.out, written, report.samples(exam, works))
-    return report.table(written)
+def run(arguments: Sequence[str] | None = None) -> dict[str, object] | None:
+    """Examine, write the report and return it; None in every process but the first. Raises DiffusionKDError."""
+    planned, out = plan(arguments)
+    workers = processes.join()
+    try:
+        examination = examine.examine(planned, workers)
+        if examination is None:
+            return None
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        written = report.build(examination, shlex.join(["python", "-m", "eval.run", *given]))
+        texts = {report.REPORT_NAME: report.to_json(written), report.PAGE_NAME: page.render(written, examination)}
+        report.write(out, texts)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise errors.DataError(
+            f"the disk is full ({error.filename or planned.cache}); pictures made so far are kept in {planned.cache}: "
+            "make room and give the same command again to go on"
+        ) from None
+    finally:
+        processes.leave()
+    return written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        settings = parse(arguments)
-        table = run(settings)
+        written = run(arguments)
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"{table}\nwritten: {settings.out / report.REPORT_NAME}, {settings.out / report.SAMPLES_NAME}\n")
-    return 0
+        return EXIT_ERROR
+    if written is None:
+        return 0
+    sys.stdout.write(f"{report.table(written)}\n")
+    return EXIT_CODES[stats.Outcome(str(written["verdict"]))]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
+import PIL.Image
 import safetensors
 import torch
 import transformers
@@ -41,15 +43,18 @@ class FeatureNetwork(nn.Module, abc.ABC):
     """A frozen network: no parameter learns and no call of `train` changes it. Gradients reach the images.
 
     name: what its metrics are called after. map_channels: C_k of each map. vector_dim: P.
+    resizer, antialias: how images of another size come to the network's own.
     """
 
     name: str
     map_channels: tuple[int, ...]
     vector_dim: int
+    resizer: str = "area"
+    antialias: bool = True
 
     @abc.abstractmethod
     def forward(self, images: Tensor) -> Features:
-        """images: (B, 3, H, W) in [-1, 1], of any size; they are scaled by area averaging."""
+        """images: (B, 3, H, W) in [-1, 1], of any size; they are scaled by `resizer`."""
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
@@ -64,7 +69,11 @@ class TextImageNetwork(FeatureNetwork):
 
     @abc.abstractmethod
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """(B, P), comparable with `Features.vector` by cosine."""
+        """(B, P), comparable with `Features.vector` by cosine. A text is read up to its last token that fits."""
+
+    @abc.abstractmethod
+    def overlong(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts have more tokens than the network reads: their end counts for nothing."""
 
 
 def _prepare(images: Tensor, size_px: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -74,6 +83,23 @@ def _prepare(images: Tensor, size_px: int, mean: Sequence[float], std: Sequence[
     shift, scale = images.new_tensor(mean), images.new_tensor(std)
     normalised: Tensor = ((images + 1) / 2 - shift[:, None, None]) / scale[:, None, None]
     return normalised
+
+
+def resize_pil(images: Tensor, size_px: int) -> Tensor:
+    """Centre square, bicubic by Pillow on 8 bits: what CLIP was trained with, and what open_clip does to a picture.
+
+    images: (B, 3, H, W) in [-1, 1] -> (B, 3, size_px, size_px) in [-1, 1], on the same device, without gradients.
+    """
+    height, width = images.shape[-2:]
+    scale = size_px / min(height, width)
+    # torchvision's Resize: the shorter side exactly, the longer one truncated; then CenterCrop, rounded.
+    shape = (int(width * scale), size_px) if height <= width else (size_px, int(height * scale))
+    left, top = (int(round((side - size_px) / 2.0)) for side in shape)
+    pixels = ((images.detach().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    pictures = [PIL.Image.fromarray(each.numpy()).resize(shape, PIL.Image.Resampling.BICUBIC) for each in pixels]
+    cut = [np.asarray(picture.crop((left, top, left + size_px, top + size_px))) for picture in pictures]
+    resized = torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2).to(images.device, torch.float32)
+    return resized / 127.5 - 1
 
 
 def _grid(tokens: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -127,15 +153,34 @@ class ClipFeatures(TextImageNetwork):
         vectors: Tensor = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         return vectors
 
+    def overlong(self, prompts: Sequence[str]) -> list[bool]:
+        most = self.tokenizer.model_max_length
+        return [len(ids) > most for ids in self.tokenizer(list(prompts), verbose=False).input_ids]
+
 
 class OpenClipFeatures(TextImageNetwork):
-    """An open_clip model with a ViT tower, by its name and weights (a tag or a path); weights None: random."""
+    """An open_clip model with a ViT tower, by its name and weights (a tag or a path); weights None: random.
+
+    resizer: `area`, which gradients pass, or `pil-bicubic`, open_clip's own, for CLIP scores that others can repeat.
+    OpenAI's weights want the architectures whose names end in `-quickgelu`.
+    """
 
     clip: Any
 
-    def __init__(self, architecture: str, weights: str | None = None, *, depths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        weights: str | None = None,
+        *,
+        depths: Sequence[int] | None = None,
+        resizer: str = "area",
+    ) -> None:
         super().__init__()
         import open_clip
+
+        if resizer not in ("area", "pil-bicubic"):
+            raise errors.ConfigError(f"resizer must be area or pil-bicubic, not {resizer!r}")
+        self.resizer = resizer
 
         if architecture not in open_clip.list_models():
             raise errors.ModelError(f"open_clip knows no model {architecture!r}; see open_clip.list_models()")
@@ -157,6 +202,8 @@ class OpenClipFeatures(TextImageNetwork):
         self._freeze()
 
     def forward(self, images: Tensor) -> Features:
+        if self.resizer == "pil-bicubic":
+            images = resize_pil(images, self._size_px)
         pixels = _prepare(images, self._size_px, self._mean, self._std)
         seen = self.clip.visual.forward_intermediates(pixels, indices=list(self.depths), normalize_intermediates=False)
         return Features(tuple(seen["image_intermediates"]), seen["image_features"])
@@ -165,6 +212,10 @@ class OpenClipFeatures(TextImageNetwork):
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         vectors: Tensor = self.clip.encode_text(self.tokenizer(list(prompts)).to(next(self.parameters()).device))
         return vectors
+
+    def overlong(self, prompts: Sequence[str]) -> list[bool]:
+        most = self.tokenizer.context_length - 2  # beside the first and the last token
+        return [len(self.tokenizer.encode(prompt)) > most for prompt in prompts]
 
 
 class DinoFeatures(FeatureNetwork):

@@ -388,8 +388,8 @@ def _compare(reading: Reading, prompt: scenes.Prompt) -> dict[str, list[bool]]:
     """
     pairs = list(zip(reading.objects, prompt.objects, strict=True))
     facts = {
-        "shape": [seen.shape == wanted.shape for seen, wanted in pairs],
-        "colour": [seen.colour == wanted.colour for seen, wanted in pairs],
+        "shape": [seen.shape == wanted.shape for seen, wanted in pairs if wanted.shape is not None],
+        "colour": [seen.colour == wanted.colour for seen, wanted in pairs if wanted.colour is not None],
         "size": [seen.size == wanted.size for seen, wanted in pairs if wanted.size is not None],
         "relation": [relation(reading) == prompt.relation] if prompt.relation is not None else [],
         "place": [place(reading) == prompt.place] if prompt.place is not None else [],

@@ -116,10 +116,10 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
-    """One object as asked for; `size` is None where the words leave it open."""
+    """One object as asked for. None: the words leave it open, as nothing but a size is in the training grammar."""
 
-    shape: str
-    colour: str
+    shape: str | None
+    colour: str | None
     size: str | None
 
 
@@ -202,6 +202,33 @@ def draw_scene(rng: np.random.Generator, held_out: bool = False) -> Scene:
     background = str(rng.choice(list(BACKGROUNDS)))
     looks = [(shape, colour, str(size)) for (shape, colour), size in zip(chosen, sizes, strict=True)]
     return _compose(looks, layout, background, rng)
+
+
+def complete(prompt: Prompt, rng: np.random.Generator) -> Scene:
+    """A random scene that shows what a prompt asks for; what the words leave open is drawn, seen pairs only.
+
+    Raises UnknownShapeError for a prompt of more than two objects, or of two without a relation.
+    """
+    count = len(prompt.objects)
+    layouts = [prompt.relation] if prompt.relation else [prompt.place] if prompt.place else list(PLACES)
+    if not 1 <= count <= 2 or (count == 2) != (prompt.relation is not None):
+        raise errors.UnknownShapeError(f"no scene of the domain shows what is asked: {prompt.text!r}")
+    looks = [_fill(wanted, rng) for wanted in prompt.objects]
+    background = prompt.background or str(rng.choice(list(BACKGROUNDS)))
+    return _compose(looks, str(rng.choice(layouts)), background, rng)
+
+
+def _fill(wanted: Wanted, rng: np.random.Generator) -> tuple[str, str, str]:
+    fitting = [
+        (shape, colour)
+        for shape, colour in _pairs(False) + _pairs(True)
+        if wanted.shape in (None, shape) and wanted.colour in (None, colour)
+    ]
+    seen = [pair for pair in fitting if pair not in HELD_OUT]
+    if not fitting:
+        raise errors.UnknownShapeError(f"no {wanted.colour} {wanted.shape} in the shapes domain")
+    shape, colour = (seen or fitting)[int(rng.integers(len(seen or fitting)))]
+    return shape, colour, wanted.size or str(rng.choice(list(RADIUS_PX)))
 
 
 def draw_sibling(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -369,7 +396,8 @@ def _choice(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _noun(thing: Wanted, rng: np.random.Generator) -> str:
-    words = [*([_choice(_SIZE_WORDS[thing.size], rng)] if thing.size else []), thing.colour, thing.shape]
+    size = [_choice(_SIZE_WORDS[thing.size], rng)] if thing.size else []
+    words = [*size, *filter(None, (thing.colour, thing.shape))]
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 

@@ -16,8 +16,3 @@ def clip_scores(image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
         shapes = f"{tuple(image_vectors.shape)} and {tuple(text_vectors.shape)}"
         raise errors.DataError(f"image and text vectors must both be (N, P), not {shapes}")
     return functional.cosine_similarity(image_vectors.double(), text_vectors.double(), dim=1)
-
-
-def clip_score(image_vectors: Tensor, text_vectors: Tensor) -> float:
-    """Mean of `clip_scores`."""
-    return clip_scores(image_vectors, text_vectors).mean().item()

@@ -1,8 +1,6 @@
 """Diversity: how different the images are that one prompt gives under different seeds."""
 
 import itertools
-import statistics
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,18 +9,19 @@ from diffusion_kd import errors
 from eval.metrics import perceptual
 
 
-def mean_pairwise_distance(images: Tensor, distance: perceptual.Distance) -> float:
-    """Mean distance over all pairs of (k, 3, H, W) in [-1, 1], k >= 2. Raises DataError for fewer images."""
-    if len(images) < 2:
-        raise errors.DataError(f"diversity needs at least two images of a prompt, not {len(images)}")
-    first, second = torch.tensor(list(itertools.combinations(range(len(images)), 2))).T
-    return distance(images[first], images[second]).mean().item()
+def mean_pairwise_distances(images: Tensor, images_per_prompt: int, distance: perceptual.Distance) -> Tensor:
+    """Mean distance over all pairs of images of the same prompt, (prompts,).
 
-
-def diversity(groups: Iterable[Tensor], distance: perceptual.Distance) -> float:
-    """Mean over prompts of `mean_pairwise_distance`. groups: the images of one prompt each.
-
+    images: (prompts * images_per_prompt, 3, H, W) in [-1, 1], those of a prompt beside one another.
     A ratio student / teacher below 1 tells of collapse. Artefacts add spread too: read it beside the Fréchet distance.
-    Source: Zhu et al. 2017 (BicycleGAN), section 5.1.
+    Raises DataError for fewer than two images of a prompt. Source: Zhu et al. 2017 (BicycleGAN), section 5.1.
     """
-    return statistics.fmean(mean_pairwise_distance(images, distance) for images in groups)
+    if images_per_prompt < 2 or len(images) % images_per_prompt:
+        raise errors.DataError(
+            f"diversity needs the same number of images of each prompt, two at least, "
+            f"not {len(images)} images in groups of {images_per_prompt}"
+        )
+    pairs = torch.tensor(list(itertools.combinations(range(images_per_prompt), 2)))
+    starts = torch.arange(0, len(images), images_per_prompt)
+    first, second = ((starts[:, None] + pairs[:, side]).flatten() for side in (0, 1))
+    return distance(images[first], images[second]).unflatten(0, (len(starts), len(pairs))).mean(1)

@@ -1,5 +1,7 @@
 """Stand-ins for a feature network and for models, small enough to know what they must score."""
 
+import dataclasses
+import pathlib
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -10,15 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from diffusion_kd import pipeline
 from diffusion_kd.networks import features
 from diffusion_kd.shapes import scenes
-from eval import protocols, sampling
+from eval import examine, gate, images, measure, networks, protocols, sampling, suites
+from eval.metrics import perceptual
 
 
 class ToyNetwork(features.TextImageNetwork):
-    """Two maps of a fixed random convolution; the vector is an 4x4 miniature of the picture."""
+    """Two maps of a fixed random convolution; the vector is a 2x2 miniature of the picture."""
 
-    name, map_channels, vector_dim = "toy", (8, 3), 48
+    name, map_channels, vector_dim = "toy", (8, 3), 12
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,28 +31,31 @@ class ToyNetwork(features.TextImageNetwork):
         self._freeze()
 
     def forward(self, images: Tensor) -> features.Features:
-        small = functional.adaptive_avg_pool2d(images, 4)
+        small = functional.adaptive_avg_pool2d(images, 2)
         return features.Features((functional.conv2d(images, self.kernel, stride=8), small), small.flatten(1))
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         seeds = [zlib.crc32(prompt.encode()) for prompt in prompts]
-        return torch.stack([torch.randn(48, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack([torch.rand(12, generator=torch.Generator().manual_seed(seed)) + 1 for seed in seeds])
+
+    def overlong(self, prompts: Sequence[str]) -> list[bool]:
+        return [len(prompt) > 60 for prompt in prompts]
 
 
 class ToyModel:
     """A sampler that draws with `picture(prompt, seed)` and remembers how it was asked."""
 
-    size_px = scenes.IMAGE_SIZE_PX
-
     def __init__(self, picture: Callable[[str, int], NDArray[np.uint8]]) -> None:
         self.picture = picture
         self.asked: list[tuple[int, float]] = []
+        self.drawn = 0
 
     def to(self, device: str) -> "ToyModel":
         return self
 
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float) -> Tensor:
         self.asked.append((steps, guidance_scale))
+        self.drawn += len(prompts)
         pairs = zip(prompts, seeds, strict=True)
         return sampling.to_images(np.stack([self.picture(prompt, seed) for prompt, seed in pairs]))
 
@@ -58,23 +65,91 @@ def draw_noise(prompt: str, seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
+def make_suite(standard: int = 24, edge: int = 8) -> suites.Suite:
+    """Prompts of the shapes domain in two strata, and edge cases that ask for held-out pairs."""
+    prompts = [
+        suites.Prompt(f"{kind}-{number}", kind, edge_case, prompt.text, prompt)
+        for kind, edge_case, cases in (
+            ("one", False, scenes.draw_cases(standard // 2, 7)),
+            ("two", False, scenes.draw_cases(standard - standard // 2, 8)),
+            ("odd", True, scenes.draw_cases(edge, 9, held_out=True)),
+        )
+        for number, (_, prompt) in enumerate(cases)
+    ]
+    return suites.checked("toy", prompts)
+
+
 @pytest.fixture
 def network() -> ToyNetwork:
     return ToyNetwork()
 
 
 @pytest.fixture
-def protocol() -> protocols.ShapesProtocol:
-    return protocols.ShapesProtocol(prompts=16, seed=7, diversity_prompts=4, diversity_seeds=3)
+def instruments(network: ToyNetwork) -> networks.Networks:
+    measured = networks.Measure(network.name, perceptual.from_features(network), network, network)
+    return networks.Networks(network, network, measured)
 
 
 @pytest.fixture
-def painter(protocol: protocols.ShapesProtocol) -> ToyModel:
-    """Draws what is asked for; the seed shifts the picture by a pixel or two."""
-    scene_of = {prompt.text: scene for scene, prompt in protocol.cases()}
-    return ToyModel(lambda prompt, seed: np.roll(scenes.render(scene_of[prompt]), seed % 3 - 1, axis=1))
+def suite() -> suites.Suite:
+    return make_suite()
+
+
+@pytest.fixture
+def protocol() -> protocols.Protocol:
+    return dataclasses.replace(protocols.named("shapes"), teacher_steps=5)
+
+
+@pytest.fixture
+def painter(suite: suites.Suite) -> ToyModel:
+    """Draws what is asked for, otherwise for every seed."""
+    asks = {prompt.text: prompt.asks for prompt in suite.prompts}
+
+    def picture(prompt: str, seed: int) -> NDArray[np.uint8]:
+        wanted = asks.get(prompt)
+        if wanted is None:  # the rehearsal
+            return draw_noise(prompt, seed)
+        return scenes.render(scenes.complete(wanted, np.random.default_rng(seed)))
+
+    return ToyModel(picture)
 
 
 @pytest.fixture
 def noise_maker() -> ToyModel:
     return ToyModel(draw_noise)
+
+
+@pytest.fixture
+def make_entrant() -> Callable[..., images.Entrant]:
+    def make(sampler: sampling.Sampler, model: str = "student", steps: int = 1) -> images.Entrant:
+        return images.Entrant(model, f"{model} folder", sampler, f"{model}-hash", steps, 0.0)
+
+    return make
+
+
+@pytest.fixture
+def plan(protocol: protocols.Protocol, suite: suites.Suite, tmp_path: pathlib.Path) -> examine.Plan:
+    return examine.Plan(
+        protocol=protocol, suite=suite, floor=gate.load(gate.FLOORS / "shapes.yaml"), teacher="shapes-teacher",
+        student="mine", beside=None, steps=(1,), teacher_steps=5, guidance_scale=2.0, baseline=False, seed=0,
+        batch_size=8, device="cpu", data=tmp_path / "data", cache=tmp_path / "cache", price_per_hour_usd=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def ruler(
+    protocol: protocols.Protocol, suite: suites.Suite, instruments: networks.Networks, tmp_path: pathlib.Path
+) -> measure.Ruler:
+    return measure.Ruler(protocol, suite, instruments, tmp_path, batch_size=8)
+
+
+@pytest.fixture
+def models(
+    monkeypatch: pytest.MonkeyPatch, network: ToyNetwork, painter: ToyModel, noise_maker: ToyModel
+) -> tuple[ToyModel, ToyModel]:
+    """The teacher paints, every student makes noise; both are found under any name."""
+    monkeypatch.setattr(pipeline, "load_teacher", lambda name: painter)
+    monkeypatch.setattr(pipeline, "load_student", lambda name: noise_maker)
+    monkeypatch.setattr(pipeline, "load_feature_network", lambda name: network)
+    monkeypatch.setattr(images, "artifact_sha256", lambda name: f"hash of {name}")
+    return painter, noise_maker

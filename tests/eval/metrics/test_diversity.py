@@ -1,4 +1,4 @@
-"""Diversity with a distance that is easy to add up."""
+"""Diversity on images whose distances are known."""
 
 import pytest
 import torch
@@ -8,23 +8,24 @@ from diffusion_kd import errors
 from eval.metrics import diversity
 
 
-def _gap(images: Tensor, others: Tensor) -> Tensor:
-    """Distance of flat images: the difference of their levels."""
-    return (images - others).abs().mean((1, 2, 3))
+def _distance(images: Tensor, others: Tensor) -> Tensor:
+    return (images - others).abs().flatten(1).mean(1)
 
 
-def _flat(*levels: float) -> Tensor:
-    return torch.tensor(levels).reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+def _levels(*levels: float) -> Tensor:
+    return torch.stack([torch.full((3, 2, 2), level) for level in levels])
 
 
-def test_mean_over_all_pairs() -> None:
-    assert diversity.mean_pairwise_distance(_flat(0, 0.1, 0.4), _gap) == pytest.approx((0.1 + 0.4 + 0.3) / 3)
+def test_every_pair_of_a_prompt_counts_once_and_no_other_pair() -> None:
+    found = diversity.mean_pairwise_distances(_levels(0, 0.3, 0.9, -1, -1, 1), 3, _distance)
+    assert found.tolist() == pytest.approx([(0.3 + 0.9 + 0.6) / 3, (0 + 2 + 2) / 3])
 
 
-def test_mean_over_prompts_not_over_prompts_together() -> None:
-    assert diversity.diversity([_flat(0, 0.2), _flat(0.9, 0.9)], _gap) == pytest.approx(0.1)
+def test_equal_images_have_none() -> None:
+    assert diversity.mean_pairwise_distances(_levels(0.5, 0.5), 2, _distance).tolist() == [0]
 
 
-def test_one_image_has_no_diversity() -> None:
-    with pytest.raises(errors.DataError, match="at least two"):
-        diversity.mean_pairwise_distance(_flat(0), _gap)
+@pytest.mark.parametrize(("count", "each"), [(3, 1), (3, 2)])
+def test_one_image_of_a_prompt_is_refused(count: int, each: int) -> None:
+    with pytest.raises(errors.DataError, match="two at least"):
+        diversity.mean_pairwise_distances(torch.zeros(count, 3, 2, 2), each, _distance)

@@ -1,4 +1,6 @@
-"""Fréchet distance against its closed form, its invariances and another library."""
+"""Fréchet distance against its closed form, its invariances and other libraries."""
+
+import warnings
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_closed_form_of_diagonal_covariances() -> None:
         _with_moments(100, mean, variances, 2), _with_moments(70, other_mean, other_variances, 3)
     )
     expected = ((mean - other_mean) ** 2).sum() + ((np.sqrt(variances) - np.sqrt(other_variances)) ** 2).sum()
-    assert measured == pytest.approx(expected, abs=1e-9)
+    assert measured == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("count", "dim"), [(60, 12), (10, 40)])
@@ -88,6 +90,38 @@ def test_agrees_with_torch_fidelity() -> None:
         verbose=False,
     )["frechet_inception_distance"]
     assert frechet.frechet_distance(features, reference) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_agrees_with_clean_fid() -> None:
+    fid = pytest.importorskip("cleanfid.fid", reason="clean-fid is not a dependency; install it to compare")
+    features, reference = _pair(400, 300, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scipy's sqrtm, which we do not use
+        theirs = fid.frechet_distance(
+            features.mean(0), np.cov(features, rowvar=False), reference.mean(0), np.cov(reference, rowvar=False)
+        )
+    assert frechet.frechet_distance(features, reference) == pytest.approx(theirs, rel=1e-6)
+
+
+def test_a_group_left_out_is_as_if_it_had_never_been() -> None:
+    features, reference = _pair(60, 60, 8)
+    groups = np.arange(60) % 6
+    found = frechet.jackknife(features, reference, groups, groups)
+    assert found.whole == pytest.approx(frechet.frechet_distance(features, reference), rel=1e-9)
+    expected = [frechet.frechet_distance(features[groups != g], reference[groups != g]) for g in range(6)]
+    assert found.without == pytest.approx(expected, rel=1e-8)
+    fixed = frechet.jackknife(features, frechet.Gaussian.fit(reference), groups)
+    assert fixed.without == pytest.approx(
+        [frechet.frechet_distance(features[groups != g], reference) for g in range(6)], rel=1e-8
+    )
+    assert frechet.jackknife(features, reference, groups).without == pytest.approx(fixed.without, rel=1e-12)
+
+
+def test_groups_far_from_zero_lose_no_digits() -> None:
+    features, reference = _pair(60, 60, 8)
+    groups = np.arange(60) % 6
+    near, far = (frechet.jackknife(features + shift, reference + shift, groups, groups) for shift in (0, 1e4))
+    assert far.without == pytest.approx(near.without, rel=1e-6)
 
 
 def test_single_precision_features_are_measured_in_double() -> None:

@@ -1,0 +1,286 @@
+"""The examination: load, generate, measure, time, judge. Each step for all entrants before the next."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffusion_kd import errors, pipeline
+from eval import gate, images, measure, networks, processes, protocols, reference, sampling, suites
+from eval.metrics import frechet, speed
+
+_log = logging.getLogger(__name__)
+
+TEACHER, STUDENT, BASELINE, BESIDE = "teacher", "student", "teacher_few_steps", "other_student"
+"""Models in a report: the two that are compared; the teacher at the student's step counts; a student beside it."""
+
+UNGUIDED, STUDENT_GUIDANCE = 1.0, 0.0
+MOST_LOST = 0.05
+"""Share of prompts that may be lost before an entrant is refused."""
+
+STRIP_PROMPTS, STRIP_SEEDS = 3, 6
+_LEAST_PICTURES = 4
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is examined, with everything checked that can be checked before a model is loaded.
+
+    seed: of pictures and of the true renders. cache: where pictures are kept.
+    """
+
+    protocol: protocols.Protocol
+    suite: suites.Suite
+    floor: gate.FloorFile
+    teacher: str
+    student: str
+    beside: str | None
+    steps: tuple[int, ...]
+    teacher_steps: int
+    guidance_scale: float
+    baseline: bool
+    seed: int
+    batch_size: int
+    device: str
+    data: pathlib.Path
+    cache: pathlib.Path
+    price_per_hour_usd: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Result:
+    """One entrant's numbers. to_reference, to_teacher: set distances; verdict: None for the teacher.
+
+    gallery, strip: its pictures; the strip shows some prompts with several seeds each.
+    """
+
+    measured: measure.Measured
+    evidence: gate.Evidence
+    to_teacher: dict[str, Any]
+    precision_recall: dict[str, float]
+    speed: speed.Speed
+    verdict: gate.Verdict | None
+    gallery: images.Gallery
+    strip: images.Gallery
+
+    @property
+    def entrant(self) -> images.Entrant:
+        return self.measured.entrant
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Examination:
+    """Everything that a report tells. lost: prompt ids -> why they count for nobody.
+
+    attainable: distances of other true pictures of the same prompts to the true pictures; None where there are none.
+    overlong: how many prompts are longer than the CLIP network reads.
+    """
+
+    plan: Plan
+    results: tuple[Result, ...]
+    reference_name: str
+    attainable: dict[str, Any] | None
+    instruments: networks.Networks
+    lost: dict[str, str]
+    overlong: int
+
+    @property
+    def verdict(self) -> gate.stats.Outcome:
+        """The student's, over all its step counts."""
+        verdicts = [each.verdict for each in self.results if each.entrant.model == STUDENT and each.verdict is not None]
+        return gate.worst([verdict.outcome for verdict in verdicts])
+
+
+# --- entrants ---------------------------------------------------------------------------------------
+
+
+def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
+    """Load the models; the teacher first."""
+    options, settings = _start(plan)
+    teacher = pipeline.load_teacher(plan.teacher)
+    teacher.to(device)
+    sha256 = images.artifact_sha256(plan.teacher)
+
+    def of_teacher(model: str, steps: int, scale: float) -> images.Entrant:
+        negative = plan.protocol.negative_prompt
+        sampler = functools.partial(teacher, **options, **({"negative_prompt": negative} if negative else {}))
+        own = settings | ({"negative_prompt": negative} if negative else {})
+        return images.Entrant(model, plan.teacher, sampler, sha256, steps, scale, own)
+
+    entrants = [of_teacher(TEACHER, plan.teacher_steps, plan.guidance_scale)]
+    if plan.baseline:
+        scales = dict.fromkeys((plan.guidance_scale, UNGUIDED))
+        entrants += [of_teacher(BASELINE, steps, scale) for steps in plan.steps for scale in scales]
+    for model, name in ((STUDENT, plan.student), (BESIDE, plan.beside)):
+        if name is not None:
+            student = pipeline.load_student(name)
+            student.to(device)
+            sampler = functools.partial(student, **options)
+            found = images.artifact_sha256(name)
+            entrants += [
+                images.Entrant(model, name, sampler, found, steps, STUDENT_GUIDANCE, settings) for steps in plan.steps
+            ]
+    return entrants
+
+
+def _start(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the samplers, and what of them goes into the key of the cache."""
+    if plan.protocol.latents is None:
+        return {}, {}
+    path = plan.data / plan.protocol.latents
+    try:
+        latents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch raises errors of several libraries
+        raise errors.DataError(f"{path} cannot be read: {errors.first_line(error)}") from None
+    if not isinstance(latents, torch.Tensor) or not latents.isfinite().all():
+        raise errors.DataError(f"{path} must hold one tensor of finite noise")
+    return {"latents": latents}, {"latents": f"{plan.protocol.latents}, sum {latents.double().sum().item():.9g}"}
+
+
+def rehearse(entrants: Sequence[images.Entrant], resolution_px: int, exact: bool) -> None:
+    """Let each draw one picture, so that none fails after hours of the others' work. Raises ModelError for its size."""
+    for entrant in entrants:
+        picture = entrant.sampler(["a rehearsal"], [0], steps=entrant.steps, guidance_scale=entrant.guidance_scale)
+        sampling.check_shape(picture, 1)
+        height, width = picture.shape[2:]
+        if (exact and (height, width) != (resolution_px, resolution_px)) or min(height, width) < resolution_px:
+            raise errors.ModelError(
+                f"{entrant.source} makes pictures of {width}x{height} px; this protocol judges "
+                f"{resolution_px}x{resolution_px} px{'' if exact else ' or larger'}"
+            )
+
+
+# --- the examination --------------------------------------------------------------------------------
+
+
+def examine(plan: Plan, workers: processes.Processes) -> Examination | None:
+    """Do it all. None in every process but the first. Raises DiffusionKDError."""
+    device = workers.device(plan.device)
+    entrants = enter(plan, device)
+    rehearse(entrants, plan.protocol.resolution_px, exact=plan.protocol.oracle)
+    everything = images.items(plan.suite, plan.protocol.images_per_prompt, plan.seed)
+    galleries = [images.Gallery(plan.cache, entrant, everything, plan.batch_size) for entrant in entrants]
+    strip = _strip_items(plan)
+    strips = [images.Gallery(plan.cache, entrant, strip, plan.batch_size) for entrant in entrants]
+    with tempfile.TemporaryDirectory(prefix="diffusion-kd-") as folder:
+        judges = None
+        if workers.first:  # the truth is read before the first picture is made: damage in it is told at once
+            judges = _Judges(plan, device, pathlib.Path(folder))
+        for gallery in (*galleries, *strips):
+            gallery.fill(workers)
+        workers.wait()
+        return judges.judge(galleries, strips) if judges is not None else None
+
+
+def _strip_items(plan: Plan) -> list[images.Item]:
+    standard = [prompt for prompt in plan.suite.prompts if not prompt.edge_case]
+    chosen = standard[:: max(len(standard) // STRIP_PROMPTS, 1)][:STRIP_PROMPTS]
+    return [
+        images.Item(prompt, images.item_seed(prompt.id, number, plan.seed))
+        for prompt in chosen
+        for number in range(STRIP_SEEDS)
+    ]
+
+
+class _Judges:
+    """The networks and the truth, and what is measured with them."""
+
+    def __init__(self, plan: Plan, device: torch.device, workspace: pathlib.Path) -> None:
+        self._plan, protocol = plan, plan.protocol
+        wanted = {"features": protocol.features, "clip": protocol.clip, "distance": protocol.distance}
+        self._instruments = networks.load(wanted, plan.data, device)
+        self._ruler = measure.Ruler(protocol, plan.suite, self._instruments, workspace, batch_size=plan.batch_size)
+        self._truth = reference.open_reference(protocol, plan.suite, plan.data, plan.seed)
+        self._known = self._truth if isinstance(self._truth, frechet.Gaussian) else None
+        self._true_sets, self._other_sets = None, None
+        if isinstance(self._truth, reference.Pictures):
+            self._true_sets = self._ruler.reference_sets(self._truth)
+            if protocol.reference == "renders":
+                others = reference.open_reference(protocol, plan.suite, plan.data, plan.seed + 1)
+                assert isinstance(others, reference.Pictures), "renders are pictures"
+                self._other_sets = self._ruler.reference_sets(others)
+
+    def judge(self, galleries: Sequence[images.Gallery], strips: Sequence[images.Gallery]) -> Examination:
+        lost = self._exclude(galleries)
+        plan, ruler, clip = self._plan, self._ruler, self._instruments.clip
+        texts = [plan.protocol.clip_prefix + prompt.text for prompt in plan.suite.prompts]
+        text_vectors = networks.text_vectors(clip, texts, plan.batch_size)
+        teacher, *_ = galleries
+        found = [ruler.measure(gallery, teacher, text_vectors) for gallery in galleries]
+        truth: measure.Sets | frechet.Gaussian | None = self._known
+        if self._true_sets is not None and isinstance(self._truth, reference.Pictures):
+            truth = self._kept(self._true_sets, self._truth)
+        speeds = _time([gallery.entrant for gallery in galleries], plan)
+        remarks = [f"{len(lost)} of {len(plan.suite.prompts)} prompts were lost: the run is not complete"] if lost else []
+        results: list[Result] = []
+        for measured, timed, gallery, strip in zip(found, speeds, galleries, strips, strict=True):
+            first = results[0] if results else None
+            results.append(self._result(measured, timed, truth, first, remarks, gallery, strip))
+        attainable = None
+        if self._other_sets is not None and isinstance(truth, measure.Sets) and isinstance(self._truth, reference.Pictures):
+            attainable = measure.distances(self._kept(self._other_sets, self._truth), truth)
+        name = "stored moments" if self._known is not None else self._truth.name if self._truth is not None else "none"  # type: ignore[union-attr]
+        overlong = sum(clip.overlong(texts))
+        return Examination(plan, tuple(results), name, attainable, self._instruments, lost, overlong)
+
+    def _result(
+        self,
+        measured: measure.Measured,
+        timed: speed.Speed,
+        truth: measure.Sets | frechet.Gaussian | None,
+        teacher: Result | None,
+        remarks: Sequence[str],
+        gallery: images.Gallery,
+        strip: images.Gallery,
+    ) -> Result:
+        distances = {} if truth is None else measure.distances(measured.sets, truth)
+        evidence = gate.Evidence(distances, measured.scores, timed.latency_s, *measured.sets.whole.shape)
+        shares = measure.precision_and_recall(measured.sets, truth) if isinstance(truth, measure.Sets) else {}
+        if teacher is None:
+            return Result(measured, evidence, {}, shares, timed, None, gallery, strip)
+        to_teacher = measure.distances(measured.sets, teacher.measured.sets)
+        verdict = gate.judge(self._plan.floor, evidence, teacher.evidence, self._plan.suite, remarks)
+        return Result(measured, evidence, to_teacher, shares, timed, verdict, gallery, strip)
+
+    def _kept(self, sets: measure.Sets, truth: reference.Pictures) -> measure.Sets:
+        return sets if truth.groups is None else self._ruler.kept(sets, truth.groups)
+
+    def _exclude(self, galleries: Sequence[images.Gallery]) -> dict[str, str]:
+        """A prompt that one entrant could not draw counts for none. Raises ModelError where that is too many."""
+        suite, lost = self._plan.suite, dict[str, str]()
+        for gallery in galleries:
+            mine = gallery.lost()
+            if len(mine) > MOST_LOST * len(suite.prompts):
+                prompt_id, why = next(iter(mine.items()))
+                raise errors.ModelError(
+                    f"{gallery.entrant.label} ({gallery.entrant.source}) lost {len(mine)} of {len(suite.prompts)} prompts, "
+                    f"{prompt_id} among them: {why}; at most {MOST_LOST:.0%} may be lost"
+                )
+            lost |= {prompt_id: f"{gallery.entrant.label}: {why}" for prompt_id, why in mine.items()}
+        standard = sum(not prompt.edge_case and prompt.id not in lost for prompt in suite.prompts)
+        if standard * self._plan.protocol.images_per_prompt < _LEAST_PICTURES:
+            raise errors.DataError(f"{standard} standard prompts are too few to measure anything on")
+        self._ruler.excluded = frozenset(lost)
+        return lost
+
+
+def _time(entrants: Sequence[images.Entrant], plan: Plan) -> list[speed.Speed]:
+    """On the first prompts of the suite, over and over: what is drawn does not change how long it takes."""
+    prompts = [plan.suite.prompts[number % len(plan.suite.prompts)].text for number in range(plan.batch_size)]
+
+    def call(entrant: images.Entrant) -> speed.Call:
+        def make(count: int) -> None:
+            entrant.sampler(
+                prompts[:count], range(count), steps=entrant.steps, guidance_scale=entrant.guidance_scale
+            )
+
+        return make
+
+    _log.info("timing %d models", len(entrants))
+    calls = [call(entrant) for entrant in entrants]
+    return speed.measure(calls, batch_size=plan.batch_size, device=torch.device(plan.device))
