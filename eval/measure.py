@@ -30,7 +30,7 @@ SET_DISTANCES = {"fd": frechet, "kid": kid, "cmmd": cmmd, "mind": mind}
 class Sets:
     """Features of the pictures of standard prompts. groups: (N,), the jackknife group of each; None: of none.
 
-    whole, clip: (N, d), of the picture at the protocol's resolution. patch: (N, d), of a crop at native resolution.
+    whole, clip: (N, d), of the picture at the protocol's resolution. patch: (N * k, d), of k crops at native resolution.
     clip is whole where one network serves as both.
     """
 
@@ -91,7 +91,8 @@ class Ruler:
         excluded = [index for index, prompt in enumerate(self.suite.prompts) if prompt.id in self.excluded]
         kept = ~np.isin(prompts, excluded)
         groups = None if sets.groups is None else sets.groups[kept]
-        return Sets(sets.whole[kept], sets.clip[kept], sets.patch[kept], groups)
+        crops = kept.repeat(self.protocol.crops_per_image)
+        return Sets(sets.whole[kept], sets.clip[kept], sets.patch[crops], groups)
 
     # --- one entrant --------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class _SetWriter:
         self._whole = ruler.storage(rows, parts.features.vector_dim)
         self._shared = parts.clip is parts.features
         self._clip = self._whole if self._shared else ruler.storage(rows, parts.clip.vector_dim)
-        self._patch = ruler.storage(rows, parts.features.vector_dim)
+        self._patch = ruler.storage(rows * ruler.protocol.crops_per_image, parts.features.vector_dim)
 
     def add(
         self, whole: NDArray[np.uint8], native: Sequence[NDArray[np.uint8]], keep: NDArray[np.bool_] | None = None
@@ -182,14 +183,19 @@ class _SetWriter:
         rows = slice(self._row, self._row + int(keep.sum()))
         if keep.any():
             kept = (image for image, is_kept in zip(native, keep, strict=True) if is_kept)
-            numbered = zip(kept, range(rows.start, rows.stop), strict=True)
-            crops = np.stack([patches.crop(image, ruler.protocol.crop_px, number) for image, number in numbered])
             self._whole[rows] = vectors[torch.from_numpy(keep)].numpy()
-            self._patch[rows] = ruler.vectors(ruler.instruments.features, crops).numpy()
+            for number, image in zip(range(rows.start, rows.stop), kept, strict=True):
+                self._add_crops(number, image)
             if not self._shared:
                 self._clip[rows] = clip[torch.from_numpy(keep)].numpy()
         self._row = rows.stop
         return vectors, clip
+
+    def _add_crops(self, number: int, image: NDArray[np.uint8]) -> None:
+        each, protocol = self._ruler.protocol.crops_per_image, self._ruler.protocol
+        places = range(number * each, (number + 1) * each)
+        crops = np.stack([patches.crop(image, protocol.crop_px, place) for place in places])
+        self._patch[places.start : places.stop] = self._ruler.vectors(self._ruler.instruments.features, crops).numpy()
 
     def sets(self, groups: NDArray[np.int64] | None) -> Sets:
         assert self._row == len(self._whole), f"{self._row} of {len(self._whole)} rows were written"
@@ -244,7 +250,9 @@ def distances(sets: Sets, other: Sets | frechet.Gaussian) -> dict[str, stats.Jac
         )
         for name, metric in SET_DISTANCES.items()
     }
-    return found | {"patch_fd": frechet.jackknife(sets.patch, other.patch, groups, other_groups)}
+    crops = len(sets.patch) // len(sets.whole)
+    other_crops = None if other_groups is None else other_groups.repeat(crops)
+    return found | {"patch_fd": frechet.jackknife(sets.patch, other.patch, groups.repeat(crops), other_crops)}
 
 
 def compact(groups: NDArray[np.int64]) -> NDArray[np.int64]:

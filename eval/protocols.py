@@ -35,7 +35,7 @@ class Protocol:
         folder, or None. paired: picture i of the folder is of prompt i.
     features, clip, distance: networks for set distances, CLIP score and CMMD, and LPIPS; see `eval.networks`.
     clip_scale, clip_prefix: what the source multiplies the cosine with and puts before each prompt.
-    crop_px: of patch distances. oracle: whether the shapes oracle judges. floor: file in `eval/floors`.
+    crop_px, crops_per_image: of patch distances. oracle: whether the shapes oracle judges. floor: file in `eval/floors`.
     windows: metric -> (least, most) that the teacher must reach for the protocol to count as met.
     """
 
@@ -56,6 +56,7 @@ class Protocol:
     clip_scale: float = 1.0
     clip_prefix: str = ""
     crop_px: int = 299
+    crops_per_image: int = 1
     oracle: bool = False
     floor: str = "general"
     requirements: tuple[Requirement, ...] = ()
@@ -162,6 +163,7 @@ PROTOCOLS = {
             clip="shapes-encoder",
             distance="shapes-encoder",
             crop_px=32,
+            crops_per_image=8,
             oracle=True,
             floor="shapes",
         ),

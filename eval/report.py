@@ -96,7 +96,7 @@ class _Fingerprints:
             resizer="none" if resizer is None else resizer.resizer,
             antialias=resizer is not None and resizer.antialias,
             reference=reference,
-            samples=_samples(key, result, plan.protocol.images_per_prompt),
+            samples=_samples(key, result, plan),
             prompts_sha256=plan.suite.sha256,
             images_per_prompt=plan.protocol.images_per_prompt,
             seed=plan.seed,
@@ -111,9 +111,10 @@ def _described(key: str, examination: examine.Examination) -> tuple[str, str, di
     parts, protocol = examination.instruments, examination.plan.protocol
     features, clip, distance = parts.features.name, parts.clip.name, parts.measure.name
     scale = "" if protocol.clip_scale == 1 else f" x{protocol.clip_scale:g}"
+    crops = {"crop_px": protocol.crop_px, "crops_per_image": protocol.crops_per_image}
     names: dict[str, tuple[str, str, dict[str, Any]]] = {
         "fd": (inception.frechet_name(parts.features), features, {}),
-        "patch_fd": (f"patch {inception.frechet_name(parts.features)}", features, {"crop_px": protocol.crop_px}),
+        "patch_fd": (f"patch {inception.frechet_name(parts.features)}", features, crops),
         "kid": (f"KID[{features}]", features, {"subsets": "none: all pictures"}),
         "mind": (f"MIND[{features}]", features, {"projections": mind.PROJECTIONS, "seed": mind.SEED}),
         "cmmd": (f"CMMD[{clip}]", clip, {"sigma": cmmd.SIGMA, "scale": cmmd.SCALE}),
@@ -127,15 +128,12 @@ def _described(key: str, examination: examine.Examination) -> tuple[str, str, di
     return names[key.removesuffix("_to_teacher") if key != "lpips_to_teacher" else key]
 
 
-def _samples(key: str, result: examine.Result, images_per_prompt: int) -> int:
-    if key in SLICED:
-        return int(np.isfinite(result.measured.scores[key]).sum()) * images_per_prompt
-    return len(result.measured.sets.whole)
-
-
-def values(examination: examine.Examination, result: examine.Result) -> dict[str, Value]:
-    """Every number of an entrant over the standard prompts, by key."""
-    return _Values(examination, result, _Fingerprints(examination)).all()
+def _samples(key: str, result: examine.Result, plan: examine.Plan) -> int:
+    """Pictures of standard prompts of which the metric says something."""
+    if key not in SLICED:
+        return len(result.measured.sets.whole)
+    ((_, members),) = gate.slices(plan.suite, "all")
+    return int(np.isfinite(result.measured.scores[key][members]).sum()) * plan.protocol.images_per_prompt
 
 
 class _Values:
@@ -153,7 +151,7 @@ class _Values:
         found |= {key: self._value(key, share, None, truth) for key, share in result.precision_recall.items()}
         for key, estimate in result.to_teacher.items():
             found[f"{key}_to_teacher"] = self._distance(f"{key}_to_teacher", estimate, self._teacher_name)
-        (_, members), *_ = gate.slices(self._examination.plan.suite, "all")
+        ((_, members),) = gate.slices(self._examination.plan.suite, "all")
         for key in SLICED:
             if key in result.measured.scores:
                 reference = self._teacher_name if key == "lpips_to_teacher" else "none"

@@ -121,8 +121,8 @@ def noise_maker() -> ToyModel:
 
 @pytest.fixture
 def make_entrant() -> Callable[..., images.Entrant]:
-    def make(sampler: sampling.Sampler, model: str = "student", steps: int = 1) -> images.Entrant:
-        return images.Entrant(model, f"{model} folder", sampler, f"{model}-hash", steps, 0.0)
+    def make(sampler: sampling.Sampler, model: str = "student", steps: int = 1, sha256: str = "") -> images.Entrant:
+        return images.Entrant(model, f"{model} folder", sampler, sha256 or f"{model} {id(sampler)}", steps, 0.0)
 
     return make
 

@@ -81,8 +81,8 @@ def test_a_killed_run_goes_on_with_whole_blocks(
         return noise_maker(prompts, seeds, steps=steps, guidance_scale=guidance_scale)
 
     with pytest.raises(Killed):
-        _gallery(tmp_path, make_entrant(dies), items).fill(ONE)
-    gallery = _gallery(tmp_path, make_entrant(noise_maker), items)
+        _gallery(tmp_path, make_entrant(dies, sha256="same"), items).fill(ONE)
+    gallery = _gallery(tmp_path, make_entrant(noise_maker, sha256="same"), items)
     next(gallery.folder.glob("*.png")).unlink()  # as if it had died in the middle of the block
     noise_maker.asked.clear()  # type: ignore[attr-defined]
     gallery.fill(ONE)
