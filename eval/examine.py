@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_kd import errors, pipeline
-from eval import gate, images, measure, networks, processes, protocols, reference, sampling, suites
+from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, sampling, suites
 from eval.metrics import frechet, speed
 
 _log = logging.getLogger(__name__)
@@ -133,10 +133,7 @@ def _start(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     if plan.protocol.latents is None:
         return {}, {}
     path = plan.data / plan.protocol.latents
-    try:
-        latents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises errors of several libraries
-        raise errors.DataError(f"{path} cannot be read: {errors.first_line(error)}") from None
+    latents = checkpoints.load(path)
     if not isinstance(latents, torch.Tensor) or not latents.isfinite().all():
         raise errors.DataError(f"{path} must hold one tensor of finite noise")
     return {"latents": latents}, {"latents": f"{plan.protocol.latents}, sum {latents.double().sum().item():.9g}"}

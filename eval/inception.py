@@ -12,7 +12,6 @@ more than most models differ.
 
 import hashlib
 import pathlib
-import pickle
 
 import numpy as np
 import PIL.Image
@@ -22,6 +21,7 @@ from torch.nn import functional
 
 from diffusion_kd import errors
 from diffusion_kd.networks import features
+from eval import checkpoints
 
 SIZE_PX = 299
 WEIGHTS_SHA256_PREFIX = "6726825d"
@@ -50,14 +50,14 @@ class InceptionFeatures(features.FeatureNetwork):
 
         if preprocessing not in _RESIZERS:
             raise errors.ConfigError(f"preprocessing must be one of {', '.join(_RESIZERS)}, not {preprocessing!r}")
+        checkpoints.load(weights)  # refuses what is not plain tensors, before torch-fidelity opens it
         try:
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            torch.load(weights, map_location="cpu", weights_only=True)  # refuses what is not plain weights
             self.inception = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
                 "inception", ["2048"], feature_extractor_weights_path=str(weights)
             )
-        except (OSError, RuntimeError, ValueError, KeyError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, TypeError, AttributeError) as error:
             raise errors.ModelError(f"{weights} is not an Inception checkpoint: {errors.first_line(error)}") from None
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         self.name = "inception" if digest.startswith(WEIGHTS_SHA256_PREFIX) else f"inception-{digest[:8]}"
         self.preprocessing = preprocessing
         self.resizer, self.antialias = _RESIZERS[preprocessing]

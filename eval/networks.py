@@ -12,14 +12,13 @@ Files are sought in the data folder.
 
 import dataclasses
 import pathlib
-import pickle
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_kd import errors, pipeline
 from diffusion_kd.networks import features
-from eval import fingerprint, inception
+from eval import checkpoints, fingerprint, inception
 from eval.metrics import perceptual
 
 
@@ -94,10 +93,10 @@ def load_lpips(backbone: pathlib.Path) -> nn.Module:
     import lpips
 
     module = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)  # random only until the next lines: no download
+    saved = checkpoints.load(backbone)
     try:
-        saved = torch.load(backbone, map_location="cpu", weights_only=True)
         module.net.load_state_dict({ours: saved[theirs] for ours, theirs in _alexnet_keys(module.net)})
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise errors.ModelError(f"{backbone} does not hold AlexNet: {errors.first_line(error)}") from None
     module.requires_grad_(False).eval()
     return module  # type: ignore[no-any-return]
