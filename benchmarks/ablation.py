@@ -11,10 +11,11 @@ import json
 import logging
 import pathlib
 import sys
+from typing import Any
 
 from diffusion_kd import artifact, errors, files, pipeline
 from diffusion_kd.objectives import add
-from eval import compare, protocols
+from eval import examine
 from eval import run as evaluation
 from training import config as configs
 from training import data, distill
@@ -41,7 +42,7 @@ VARIANTS: dict[str, list[str]] = {
     "+ trajectories": ["objective.trajectory_weight=1"],
 }
 STEPS = (1, 4)
-MEASURES = ("prompt_accuracy", "frechet_distance", "clip_score", "diversity_ratio")
+MEASURES = ("prompt_accuracy", "fd", "clip_score", "diversity_ratio")
 Measures = dict[str, dict[str, float]]
 """Of one student: step count -> name -> value."""
 
@@ -63,28 +64,41 @@ def student_of(variant: str, seed: int, images: int, out: pathlib.Path) -> pathl
     return folder / "student"
 
 
-def untrained() -> pipeline.FewStepPipeline:
-    """The teacher's own weights in the student's sampler: where every variant starts."""
-    timesteps = pipeline.trained_timesteps(add.ADDConfig().student_steps)
-    return pipeline.FewStepPipeline(artifact.load("shapes-teacher"), {int(n): t for n, t in timesteps.items()})
+def untrained(out: pathlib.Path) -> pathlib.Path:
+    """The teacher's own weights as a student: where every variant starts."""
+    folder, teacher, steps = (
+        out / "untrained" / "student",
+        artifact.load("shapes-teacher"),
+        add.ADDConfig().student_steps,
+    )
+    if not folder.is_dir():
+        kind = teacher.scheduler.config.prediction_type
+        timesteps = pipeline.trained_timesteps(steps)
+        parts = dataclasses.replace(teacher, scheduler=artifact.student_scheduler(teacher.scheduler, steps))
+        untouched = artifact.Distillation("none", timesteps, kind, teacher.size_px, {"teacher": "shapes-teacher"})
+        artifact.export_student(folder, parts=parts, distillation=untouched)
+    return folder
 
 
-def measure(exam: compare.Exam, teacher: compare.Work, student: pipeline.FewStepPipeline) -> Measures:
+def measure(student: pathlib.Path, arguments: list[str]) -> Measures:
     """Measures of one student by step count."""
-    rows = {}
-    for steps in STEPS:
-        work = exam.sit(compare.Entrant(compare.STUDENT, student, steps, evaluation.STUDENT_GUIDANCE))
-        row = dataclasses.asdict(exam.mark(work, teacher))
-        rows[str(steps)] = {name: row[name] for name in MEASURES}
-    return rows
+    steps = ",".join(map(str, STEPS))
+    report = evaluation.run(["--student", str(student), "--steps", steps, "--out", str(student.parent), *arguments])
+    assert report is not None, "one process"
+    rows: Any = report["rows"]
+    return {str(row["steps"]): _measures(row) for row in rows if row["model"] == examine.STUDENT}
 
 
-def measured_once(exam: compare.Exam, teacher: compare.Work, student: pathlib.Path) -> Measures:
+def _measures(row: dict[str, Any]) -> dict[str, float]:
+    found = {name: row["values"][name]["value"] for name in MEASURES[:-1]}
+    return found | {MEASURES[-1]: row["slices"]["diversity"]["all prompts"]["retention"]}
+
+
+def measured_once(student: pathlib.Path, arguments: list[str]) -> Measures:
     """Measures of one student, kept beside it under what they were measured with."""
-    results = student.parent / f"measures-{exam.protocol.prompts}-{teacher.entrant.guidance_scale:g}.json"
+    results = student.parent / f"measures{''.join(arguments)}.json".replace("/", "-")
     if not results.is_file():
-        rows = measure(exam, teacher, pipeline.load_student(str(student)))
-        results.write_text(json.dumps(rows, indent=2) + "\n")
+        results.write_text(json.dumps(measure(student, arguments), indent=2) + "\n")
     loaded: Measures = json.loads(results.read_text())
     return loaded
 
@@ -128,17 +142,13 @@ def main() -> None:
         raise errors.ConfigError(f"no variant {unknown[0]!r}; variants are {', '.join(VARIANTS)}")
     for variant in given.variants or VARIANTS:
         settings(variant, 0, given.images)  # a bad length is named before the teacher's minutes
-    exam = compare.Exam(
-        protocols.ShapesProtocol(prompts=given.prompts), pipeline.load_feature_network("shapes-encoder")
-    )
-    sampler = pipeline.load_teacher("shapes-teacher")
-    teacher = exam.sit(compare.Entrant(compare.TEACHER, sampler, evaluation.TEACHER_STEPS, given.guidance_scale))
-    results = {"untrained": [measure(exam, teacher, untrained())]}
+    arguments = ["--prompts", str(given.prompts), "--guidance-scale", f"{given.guidance_scale:g}"]
+    results = {"untrained": [measured_once(untrained(given.out), arguments)]}
     for variant in given.variants or VARIANTS:
         results[variant] = []
         for seed in range(given.seeds):
             student = student_of(variant, seed, given.images, given.out)
-            results[variant].append(measured_once(exam, teacher, student))
+            results[variant].append(measured_once(student, arguments))
         sys.stdout.write(table(results) + "\n\n")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_kd import errors, pipeline
-from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, sampling, suites
+from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, sampling, stats, suites
 from eval.metrics import frechet, speed
 
 _log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Examination:
     overlong: int
 
     @property
-    def verdict(self) -> gate.stats.Outcome:
+    def verdict(self) -> stats.Outcome:
         """The student's, over all its step counts."""
         verdicts = [each.verdict for each in self.results if each.entrant.model == STUDENT and each.verdict is not None]
         return gate.worst([verdict.outcome for verdict in verdicts])
@@ -107,10 +107,11 @@ def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
     sha256 = images.artifact_sha256(plan.teacher)
 
     def of_teacher(model: str, steps: int, scale: float) -> images.Entrant:
-        negative = plan.protocol.negative_prompt
-        sampler = functools.partial(teacher, **options, **({"negative_prompt": negative} if negative else {}))
-        own = settings | ({"negative_prompt": negative} if negative else {})
-        return images.Entrant(model, plan.teacher, sampler, sha256, steps, scale, own)
+        own: dict[str, Any] = {}
+        if plan.protocol.negative_prompt is not None:
+            own["negative_prompt"] = plan.protocol.negative_prompt
+        sampler = functools.partial(teacher, **options, **own)
+        return images.Entrant(model, plan.teacher, sampler, sha256, steps, scale, settings | own)
 
     entrants = [of_teacher(TEACHER, plan.teacher_steps, plan.guidance_scale)]
     if plan.baseline:
@@ -155,10 +156,9 @@ def rehearse(entrants: Sequence[images.Entrant], resolution_px: int, exact: bool
 # --- the examination --------------------------------------------------------------------------------
 
 
-def examine(plan: Plan, workers: processes.Processes) -> Examination | None:
-    """Do it all. None in every process but the first. Raises DiffusionKDError."""
+def examine(plan: Plan, entrants: Sequence[images.Entrant], workers: processes.Processes) -> Examination | None:
+    """Examine the entrants, the teacher first. None in every process but the first. Raises DiffusionKDError."""
     device = workers.device(plan.device)
-    entrants = enter(plan, device)
     rehearse(entrants, plan.protocol.resolution_px, exact=plan.protocol.oracle)
     everything = images.items(plan.suite, plan.protocol.images_per_prompt, plan.seed)
     galleries = [images.Gallery(plan.cache, entrant, everything, plan.batch_size) for entrant in entrants]
@@ -213,13 +213,19 @@ class _Judges:
         if self._true_sets is not None and isinstance(self._truth, reference.Pictures):
             truth = self._kept(self._true_sets, self._truth)
         speeds = _time([gallery.entrant for gallery in galleries], plan)
-        remarks = [f"{len(lost)} of {len(plan.suite.prompts)} prompts were lost: the run is not complete"] if lost else []
+        remarks = (
+            [f"{len(lost)} of {len(plan.suite.prompts)} prompts were lost: the run is not complete"] if lost else []
+        )
         results: list[Result] = []
         for measured, timed, gallery, strip in zip(found, speeds, galleries, strips, strict=True):
             first = results[0] if results else None
             results.append(self._result(measured, timed, truth, first, remarks, gallery, strip))
         attainable = None
-        if self._other_sets is not None and isinstance(truth, measure.Sets) and isinstance(self._truth, reference.Pictures):
+        if (
+            self._other_sets is not None
+            and isinstance(truth, measure.Sets)
+            and isinstance(self._truth, reference.Pictures)
+        ):
             attainable = measure.distances(self._kept(self._other_sets, self._truth), truth)
         name = "stored moments" if self._known is not None else self._truth.name if self._truth is not None else "none"  # type: ignore[union-attr]
         overlong = sum(clip.overlong(texts))
@@ -255,8 +261,8 @@ class _Judges:
             if len(mine) > MOST_LOST * len(suite.prompts):
                 prompt_id, why = next(iter(mine.items()))
                 raise errors.ModelError(
-                    f"{gallery.entrant.label} ({gallery.entrant.source}) lost {len(mine)} of {len(suite.prompts)} prompts, "
-                    f"{prompt_id} among them: {why}; at most {MOST_LOST:.0%} may be lost"
+                    f"{gallery.entrant.label} ({gallery.entrant.source}) lost {len(mine)} of {len(suite.prompts)} "
+                    f"prompts, {prompt_id} among them: {why}; at most {MOST_LOST:.0%} may be lost"
                 )
             lost |= {prompt_id: f"{gallery.entrant.label}: {why}" for prompt_id, why in mine.items()}
         standard = sum(not prompt.edge_case and prompt.id not in lost for prompt in suite.prompts)
@@ -272,9 +278,7 @@ def _time(entrants: Sequence[images.Entrant], plan: Plan) -> list[speed.Speed]:
 
     def call(entrant: images.Entrant) -> speed.Call:
         def make(count: int) -> None:
-            entrant.sampler(
-                prompts[:count], range(count), steps=entrant.steps, guidance_scale=entrant.guidance_scale
-            )
+            entrant.sampler(prompts[:count], range(count), steps=entrant.steps, guidance_scale=entrant.guidance_scale)
 
         return make
 

@@ -13,7 +13,17 @@ from torch import nn
 import diffusion_kd
 from diffusion_kd import errors
 
-_LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scipy", "pillow", "open-clip-torch", "lpips", "torch-fidelity")
+_LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "scipy",
+    "pillow",
+    "open-clip-torch",
+    "lpips",
+    "torch-fidelity",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

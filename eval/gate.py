@@ -3,8 +3,8 @@
 A student passes only where the data show that every floor holds, so a small sample cannot pass. It fails where the data
 show that a floor is missed. Which error each rule guards against:
 
-- PASS needs every floor, each at the full level. That is an intersection-union test: a student below any one floor passes
-  with a chance of at most alpha, however many floors there are (Berger 1982), so no correction is due.
+- PASS needs every floor, each at the full level. That is an intersection-union test: a student below any one floor
+  passes with a chance of at most alpha, however many floors there are (Berger 1982), so no correction is due.
 - FAIL needs one floor. With twenty slices one of them looks bad by chance, so their p-values are adjusted (Holm 1979).
 """
 
@@ -160,9 +160,7 @@ def judge(
     return Verdict(outcome, tuple(checks), tuple(remarks))
 
 
-def _check(
-    metric: str, name: str, retention: stats.Retention, alpha: float, p_fail: float, needs: int
-) -> Check:
+def _check(metric: str, name: str, retention: stats.Retention, alpha: float, p_fail: float, needs: int) -> Check:
     enough = retention.samples >= needs
     outcome = retention.outcome(alpha, p_fail) if enough else stats.Outcome.INCONCLUSIVE
     return Check(metric, name, retention, outcome, needs)
@@ -192,8 +190,9 @@ def _retentions(
     """The slices of a floor. confidence: of the interval, two-sided."""
     if floor.metric == "latency":
         if len(student.latency_s):
-            yield "one picture", stats.bootstrap_retention(
-                teacher.latency_s, student.latency_s, floor.retention, confidence=confidence
+            yield (
+                "one picture",
+                stats.bootstrap_retention(teacher.latency_s, student.latency_s, floor.retention, confidence=confidence),
             )
     elif floor.metric in SET_METRICS:
         if floor.metric in student.sets:

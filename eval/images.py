@@ -44,7 +44,9 @@ class Item:
 def items(suite: suites.Suite, images_per_prompt: int, seed: int) -> list[Item]:
     """All pictures of a suite, those of one prompt beside one another. A seed follows from the prompt's id alone."""
     return [
-        Item(prompt, item_seed(prompt.id, number, seed)) for prompt in suite.prompts for number in range(images_per_prompt)
+        Item(prompt, item_seed(prompt.id, number, seed))
+        for prompt in suite.prompts
+        for number in range(images_per_prompt)
     ]
 
 

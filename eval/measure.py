@@ -30,7 +30,7 @@ SET_DISTANCES = {"fd": frechet, "kid": kid, "cmmd": cmmd, "mind": mind}
 class Sets:
     """Features of the pictures of standard prompts. groups: (N,), the jackknife group of each; None: of none.
 
-    whole, clip: (N, d), of the picture at the protocol's resolution. patch: (N * k, d), of k crops at native resolution.
+    whole, clip: (N, d), of the picture at the protocol's resolution. patch: (N * k, d), of k crops of native pixels.
     clip is whole where one network serves as both.
     """
 
@@ -142,8 +142,8 @@ class Ruler:
 
     @torch.no_grad()
     def _on_device(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        distance: Tensor = self.instruments.measure.distance(ours.to(self.device), theirs.to(self.device))
-        return distance.float().cpu()
+        found: Tensor = self.instruments.measure.distance(ours.to(self.device), theirs.to(self.device))
+        return found.float().cpu()
 
     def _distance(self, ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> NDArray[np.float64]:
         return self._on_device(_images(ours), _images(theirs)).double().numpy()
@@ -151,7 +151,7 @@ class Ruler:
     @torch.no_grad()
     def vectors(self, network: features.FeatureNetwork, images_uint8: NDArray[np.uint8]) -> Tensor:
         """(B, H, W, 3) -> (B, P) float32 on the CPU. Raises ModelError if they are not finite."""
-        found = network(_images(images_uint8).to(self.device)).vector.float().cpu()
+        found: Tensor = network(_images(images_uint8).to(self.device)).vector.float().cpu()
         if not found.isfinite().all():
             raise errors.ModelError(f"{network.name} makes NaN or infinite features")
         return found
@@ -223,9 +223,7 @@ class _ScoreSheet:
             facts[index] = np.mean([verdict.facts[attribute] for verdict in verdicts])
 
 
-def _parts(
-    prompts: Sequence[tuple[int, suites.Prompt]], size: int
-) -> Iterator[Sequence[tuple[int, suites.Prompt]]]:
+def _parts(prompts: Sequence[tuple[int, suites.Prompt]], size: int) -> Iterator[Sequence[tuple[int, suites.Prompt]]]:
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
 
@@ -245,7 +243,7 @@ def distances(sets: Sets, other: Sets | frechet.Gaussian) -> dict[str, stats.Jac
         return {"fd": frechet.jackknife(sets.whole, other, groups)}
     other_groups = None if other.groups is None else compact(other.groups)
     found = {
-        name: metric.jackknife(  # type: ignore[attr-defined]
+        name: metric.jackknife(
             *((sets.clip, other.clip) if name == "cmmd" else (sets.whole, other.whole)), groups, other_groups
         )
         for name, metric in SET_DISTANCES.items()

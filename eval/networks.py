@@ -18,31 +18,33 @@ from torch import Tensor, nn
 
 from diffusion_kd import errors, pipeline
 from diffusion_kd.networks import features
+from diffusion_kd.networks.features import FeatureNetwork, TextImageNetwork
 from eval import checkpoints, fingerprint, inception
 from eval.metrics import perceptual
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measure:
-    """A perceptual distance that knows its name. module: what holds its weights. maps: whose maps it compares, if any."""
+    """A perceptual distance and its name. module: what holds its weights. maps: whose maps it compares, if any."""
 
     name: str
     distance: perceptual.Distance
     module: nn.Module
-    maps: features.FeatureNetwork | None
+    maps: FeatureNetwork | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Networks:
     """features: of set distances. clip: of CLIP score and CMMD. measure: of LPIPS. Often one network in three parts."""
 
-    features: features.FeatureNetwork
-    clip: features.TextImageNetwork
+    features: FeatureNetwork
+    clip: TextImageNetwork
     measure: Measure
 
     def sha256(self) -> dict[str, str]:
         """Of the weights of each, by name."""
-        modules = ((self.features.name, self.features), (self.clip.name, self.clip), (self.measure.name, self.measure.module))
+        parts = (self.features, self.clip)
+        modules = (*((part.name, part) for part in parts), (self.measure.name, self.measure.module))
         known: dict[int, str] = {}
         for _, module in modules:
             if id(module) not in known:
@@ -51,19 +53,19 @@ class Networks:
 
 
 def load(specification: dict[str, str], data: pathlib.Path, device: torch.device) -> Networks:
-    """specification: `features`, `clip` and `distance`; equal ones share one network. Raises ModelError, ConfigError."""
-    loaded: dict[str, features.FeatureNetwork] = {}
+    """specification: `features`, `clip` and `distance`; equal ones share a network. Raises ModelError, ConfigError."""
+    loaded: dict[str, FeatureNetwork] = {}
     for key in ("features", "clip"):
         name = specification[key]
         if name not in loaded:
             loaded[name] = _feature_network(name, data).to(device)
     clip = loaded[specification["clip"]]
-    if not isinstance(clip, features.TextImageNetwork):
+    if not isinstance(clip, TextImageNetwork):
         raise errors.ConfigError(f"a CLIP score needs a network of text and images, not {specification['clip']!r}")
     return Networks(loaded[specification["features"]], clip, _measure(specification["distance"], data, device, loaded))
 
 
-def _feature_network(specification: str, data: pathlib.Path) -> features.FeatureNetwork:
+def _feature_network(specification: str, data: pathlib.Path) -> FeatureNetwork:
     kind, _, rest = specification.partition(":")
     if kind == "inception":
         preprocessing, _, file = rest.partition(":")
@@ -75,7 +77,7 @@ def _feature_network(specification: str, data: pathlib.Path) -> features.Feature
 
 
 def _measure(
-    specification: str, data: pathlib.Path, device: torch.device, loaded: dict[str, features.FeatureNetwork]
+    specification: str, data: pathlib.Path, device: torch.device, loaded: dict[str, FeatureNetwork]
 ) -> Measure:
     kind, _, file = specification.partition(":")
     if kind == "lpips-alex":
@@ -109,11 +111,12 @@ def _alexnet_keys(net: nn.Module) -> list[tuple[str, str]]:
 
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's weights lie."""
-    return next(iter(network.state_dict().values())).device
+    device: torch.device = next(iter(network.state_dict().values())).device
+    return device
 
 
 @torch.no_grad()
-def text_vectors(network: features.TextImageNetwork, texts: list[str], batch_size: int) -> Tensor:
+def text_vectors(network: TextImageNetwork, texts: list[str], batch_size: int) -> Tensor:
     """N texts -> (N, P) float32 on the CPU."""
     starts = range(0, len(texts), batch_size)
     return torch.cat([network.embed_text(texts[start : start + batch_size]).float().cpu() for start in starts])

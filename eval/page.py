@@ -140,7 +140,9 @@ def _charts(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         for name, first in students[0]["slices"][metric].items():
             for row in students:
                 bars[first["edge_case"]] += _bar(name, row["slices"][metric].get(name), row["steps"])
-        charts.append({"metric": metric, "title": metric.replace("_", " "), "standard": bars[False], "edge": bars[True]})
+        charts.append(
+            {"metric": metric, "title": metric.replace("_", " "), "standard": bars[False], "edge": bars[True]}
+        )
     return charts
 
 
@@ -150,8 +152,8 @@ def _bar(name: str, entry: Mapping[str, Any] | None, steps: int) -> list[Bar]:
     low, high = entry["retention_interval"]
     low, high = (0.0 if low is None else low), (_AXIS if high is None else high)
     text = f"{entry['retention']:.3f} [{low:.3f}, {high:.3f}]"
-    places = (min(max(value, 0), _AXIS) / _AXIS * 100 for value in (low, entry["retention"], high))
-    return [Bar(name, entry["prompts"], str(steps), entry["band"], *places, text)]
+    left, middle, right = (min(max(value, 0), _AXIS) / _AXIS * 100 for value in (low, entry["retention"], high))
+    return [Bar(name, entry["prompts"], str(steps), entry["band"], left, middle, right, text)]
 
 
 # --- pictures ---------------------------------------------------------------------------------------
@@ -175,7 +177,9 @@ def _grid(examination: examine.Examination) -> list[Row]:
 def _row(examination: examine.Examination, index: int, results: Sequence[examine.Result], note: str = "") -> Row:
     prompt = examination.plan.suite.prompts[index]
     asks = prompt.asks is not None and examination.plan.protocol.oracle
-    pictures = [_picture(result.gallery, _item(examination, result, index), result.entrant.label, asks) for result in results]
+    pictures = [
+        _picture(result.gallery, _item(examination, result, index), result.entrant.label, asks) for result in results
+    ]
     return Row(prompt.text if prompt.text.strip() else f"{prompt.text!r} ({prompt.category})", pictures, note)
 
 
@@ -215,7 +219,9 @@ def _cases(examination: examine.Examination, subject: examine.Result) -> tuple[l
     metric = "prompt_accuracy" if "prompt_accuracy" in subject.measured.scores else "clip_score"
     ours, theirs = subject.measured.scores[metric], teacher.measured.scores[metric]
     apart = subject.measured.scores["lpips_to_teacher"]
-    usable = [index for index in _usable(examination) if np.isfinite(ours[index]) and not plan.suite.prompts[index].edge_case]
+    usable = [
+        index for index in _usable(examination) if np.isfinite(ours[index]) and not plan.suite.prompts[index].edge_case
+    ]
     worst = sorted(usable, key=lambda index: (ours[index] - theirs[index], -apart[index]))[:_CASES]
     best = sorted(usable, key=lambda index: (theirs[index] - ours[index], apart[index]))[:_CASES]
 
@@ -233,7 +239,8 @@ def _strips(examination: examine.Examination) -> list[dict[str, Any]]:
     for start in range(0, len(shown[0].strip.items) if shown else 0, examine.STRIP_SEEDS):
         items = shown[0].strip.items[start : start + examine.STRIP_SEEDS]
         lines = [
-            {"label": each.entrant.label, "pictures": [_uri(image) for image in each.strip.read(items)]} for each in shown
+            {"label": each.entrant.label, "pictures": [_uri(image) for image in each.strip.read(items)]}
+            for each in shown
         ]
         strips.append({"prompt": items[0].prompt.text, "lines": lines})
     return strips

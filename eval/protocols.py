@@ -1,7 +1,7 @@
 """What is asked of every model, and what it is measured with: one protocol an id.
 
-A number is worth comparing with another only under one protocol. Those of the literature need data and weights that this
-repository may not carry; `missing` says which files, where they belong and how to get them.
+A number is worth comparing with another only under one protocol. Those of the literature need data and weights that
+this repository may not carry; `missing` says which files, where they belong and how to get them.
 """
 
 import csv
@@ -27,15 +27,16 @@ class Protocol:
     """One way to examine models.
 
     about: what it is, and whose. prompts: a suite's name, or how to read the prompts from the data folder.
-    images_per_prompt: two at least give a diversity. resolution_px: at which pictures are judged; larger ones are brought
-        down to it by Lanczos, as their source does, smaller ones are refused.
+    images_per_prompt: two at least give a diversity.
+    resolution_px: at which pictures are judged; larger ones are brought down to it by Lanczos, smaller ones refused.
     teacher_steps, guidance_scale, negative_prompt, latents: how the teacher is sampled. latents: a file below the data
         folder with the one noise that every picture starts from; None: the noise of its seed.
     reference: `renders` (the shapes domain), a folder of true pictures or an .npz of `mu` and `sigma` below the data
         folder, or None. paired: picture i of the folder is of prompt i.
     features, clip, distance: networks for set distances, CLIP score and CMMD, and LPIPS; see `eval.networks`.
     clip_scale, clip_prefix: what the source multiplies the cosine with and puts before each prompt.
-    crop_px, crops_per_image: of patch distances. oracle: whether the shapes oracle judges. floor: file in `eval/floors`.
+    crop_px, crops_per_image: of patch distances. oracle: whether the shapes oracle judges.
+    floor: name of a file in `eval/floors`.
     windows: metric -> (least, most) that the teacher must reach for the protocol to count as met.
     """
 
@@ -181,8 +182,8 @@ PROTOCOLS = {
         ),
         Protocol(
             id="coco17-5k-512-vitg14",
-            about="5,000 captions of COCO 2017 at 512 px, CLIP ViT-g/14 (Sauer et al. 2023, section 4). The paper does not "
-            "say which caption of an image, which crop and which FID code: here the first, the centre, clean-fid's.",
+            about="5,000 captions of COCO 2017 at 512 px, CLIP ViT-g/14 (Sauer et al. 2023, section 4). The paper does "
+            "not say which caption of an image, which crop, which FID code: here the first, the centre, clean-fid's.",
             prompts=_coco17,
             resolution_px=512,
             reference="coco2017/val2017",
@@ -194,7 +195,9 @@ PROTOCOLS = {
                 Requirement(
                     _COCO17_CAPTIONS, "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, unpacked"
                 ),
-                Requirement("coco2017/val2017", "http://images.cocodataset.org/zips/val2017.zip, unpacked (5,000 images)"),
+                Requirement(
+                    "coco2017/val2017", "http://images.cocodataset.org/zips/val2017.zip, unpacked (5,000 images)"
+                ),
                 _INCEPTION,
                 _VIT_G,
                 _ALEXNET,
@@ -225,7 +228,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="coco14-30k-256",
-            about="30,000 captions of COCO 2014 at 256 px against all of val2014, with recall (Kang et al. 2023, GigaGAN).",
+            about="30,000 captions of COCO 2014 at 256 px against all of val2014 (Kang et al. 2023, GigaGAN).",
             prompts=_lines("coco2014/captions_coco14_test.txt", 30_000),
             resolution_px=256,
             guidance_scale=3.0,
@@ -240,7 +243,9 @@ PROTOCOLS = {
                     "coco2014/captions_coco14_test.txt",
                     "https://github.com/tianweiy/DMD2/raw/main/main/coco_eval/captions_coco14_test.txt",
                 ),
-                Requirement("coco2014/val2014", "http://images.cocodataset.org/zips/val2014.zip, unpacked (40,504 images)"),
+                Requirement(
+                    "coco2014/val2014", "http://images.cocodataset.org/zips/val2014.zip, unpacked (40,504 images)"
+                ),
                 _INCEPTION,
                 _VIT_G,
                 _ALEXNET,

@@ -1,4 +1,4 @@
-"""What generated pictures are held against: renders of the shapes domain, a folder of true pictures, or stored moments."""
+"""What generated pictures are held against: renders of the shapes domain, true pictures, or stored moments."""
 
 import dataclasses
 import pathlib
@@ -85,7 +85,9 @@ def _folder(folder: pathlib.Path, suite: suites.Suite | None) -> Pictures:
     by_stem = {path.stem: path for path in found}
     lacking = [prompt.id for prompt in suite.prompts if prompt.id not in by_stem]
     if lacking:
-        raise errors.DataError(f"{folder} lacks {len(lacking)} of {len(suite.prompts)} pictures, {lacking[0]} among them")
+        raise errors.DataError(
+            f"{folder} lacks {len(lacking)} of {len(suite.prompts)} pictures, {lacking[0]} among them"
+        )
     chosen = [by_stem[prompt.id] for prompt in suite.prompts]
     return Pictures(f"{folder.name}, {len(chosen)} pictures", len(chosen), np.arange(len(chosen)), chosen)
 

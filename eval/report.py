@@ -1,16 +1,17 @@
 """The report as JSON and as a table. docs/evaluation.md describes the schema."""
 
 import dataclasses
+import json
 import math
+import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
-import json
-import pathlib
 
 import numpy as np
+from numpy.typing import NDArray
 
-from eval import examine, fingerprint, gate, inception, measure, stats
+from eval import examine, fingerprint, gate, inception, stats
 from eval.fingerprint import Fingerprint, Value
 from eval.metrics import cmmd, mind, precision_recall
 
@@ -32,10 +33,12 @@ def build(examination: examine.Examination, command: str) -> dict[str, Any]:
         "models": _models(examination),
         "floor": dataclasses.asdict(plan.floor),
         "reference": examination.reference_name,
-        "attainable": _plain({
-            key: {"value": estimate.whole, "corrected": estimate.corrected}
-            for key, estimate in (examination.attainable or {}).items()
-        }),
+        "attainable": _plain(
+            {
+                key: {"value": estimate.whole, "corrected": estimate.corrected}
+                for key, estimate in (examination.attainable or {}).items()
+            }
+        ),
         "rows": rows,
         "lost": examination.lost,
         "fingerprints": prints.table,
@@ -120,7 +123,11 @@ def _described(key: str, examination: examine.Examination) -> tuple[str, str, di
         "cmmd": (f"CMMD[{clip}]", clip, {"sigma": cmmd.SIGMA, "scale": cmmd.SCALE}),
         "precision": (f"precision[{features}]", features, {"neighbours": precision_recall.NEIGHBOURS}),
         "recall": (f"recall[{features}]", features, {"neighbours": precision_recall.NEIGHBOURS}),
-        "clip_score": (f"CLIP score[{clip}]{scale}", clip, {"prefix": protocol.clip_prefix, "scale": protocol.clip_scale}),
+        "clip_score": (
+            f"CLIP score[{clip}]{scale}",
+            clip,
+            {"prefix": protocol.clip_prefix, "scale": protocol.clip_scale},
+        ),
         "lpips_to_teacher": (f"LPIPS[{distance}]", distance, {}),
         "diversity": (f"LPIPS diversity[{distance}]", distance, {}),
         "prompt_accuracy": ("prompt accuracy[shapes-oracle]", "", {}),
@@ -170,7 +177,7 @@ class _Values:
         return Value(value=value, interval=interval, fingerprint=self._prints.make(key, self._result, reference))
 
 
-def mean_of(metric: str, scores: measure.NDArray[np.float64]) -> tuple[float | None, tuple[float, float] | None]:
+def mean_of(metric: str, scores: NDArray[np.float64]) -> tuple[float | None, tuple[float, float] | None]:
     """Mean over the prompts of which the metric says something, and its 95 % interval; None for none."""
     known = scores[np.isfinite(scores)]
     if not len(known):
@@ -265,7 +272,11 @@ def _slices(examination: examine.Examination, result: examine.Result) -> dict[st
             if result is not teacher and metric in gate.PROMPT_METRICS:
                 kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)
                 if kept is not None:
-                    entry |= {"retention": kept.value, "retention_interval": kept.interval, "band": gate.band(kept.value)}
+                    entry |= {
+                        "retention": kept.value,
+                        "retention_interval": kept.interval,
+                        "band": gate.band(kept.value),
+                    }
             table.setdefault(metric, {})[name] = entry
     return table
 

@@ -44,7 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--suite", help="prompts by name or from a JSON lines file, instead of the protocol's own")
     add("--floor", type=pathlib.Path, help="a quality floor, instead of the protocol's own in eval/floors")
     add("--prompts", type=int, help="about so many prompts of the suite, for a quick look; all, if not given")
-    add("--baseline", action="store_true", help="also judge the teacher at the student's step counts, untrained for them")
+    add(
+        "--baseline",
+        action="store_true",
+        help="also judge the teacher at the student's step counts, untrained for them",
+    )
     add("--beside", help="another student to show beside it")
     add("--teacher-steps", type=int, help="instead of the protocol's own")
     add("--guidance-scale", type=float, help="the teacher's, instead of the protocol's own; 1 is none")
@@ -119,7 +123,8 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, object] | None:
     planned, out = plan(arguments)
     workers = processes.join()
     try:
-        examination = examine.examine(planned, workers)
+        entrants = examine.enter(planned, workers.device(planned.device))
+        examination = examine.examine(planned, entrants, workers)
         if examination is None:
             return None
         given = sys.argv[1:] if arguments is None else list(arguments)

@@ -166,8 +166,8 @@ def bootstrap_retention(
 
     pass_fail: the scores are shares in [0, 1]. A slice in which everything is right has no spread, and resampling it
     would show certainty that a dozen prompts cannot give. So each hypothesis is tested with one more prompt that speaks
-    against it: one that the student gets wrong and the teacher right before it may pass, and one the other way before it
-    may fail. (As the rule of three: what was not seen in n prompts may still happen once in n.)
+    against it: one that the student gets wrong and the teacher right before it may pass, and one the other way before
+    it may fail. (As the rule of three: what was not seen in n prompts may still happen once in n.)
 
     Where the denominator is not clearly above 0, as a cosine need not be, there is no ratio and nothing is shown.
     Raises DataError without prompts or for sets of different size.

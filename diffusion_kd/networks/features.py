@@ -94,7 +94,7 @@ def resize_pil(images: Tensor, size_px: int) -> Tensor:
     scale = size_px / min(height, width)
     # torchvision's Resize: the shorter side exactly, the longer one truncated; then CenterCrop, rounded.
     shape = (int(width * scale), size_px) if height <= width else (size_px, int(height * scale))
-    left, top = (int(round((side - size_px) / 2.0)) for side in shape)
+    left, top = (round((side - size_px) / 2) for side in shape)
     pixels = ((images.detach().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     pictures = [PIL.Image.fromarray(each.numpy()).resize(shape, PIL.Image.Resampling.BICUBIC) for each in pixels]
     cut = [np.asarray(picture.crop((left, top, left + size_px, top + size_px))) for picture in pictures]

@@ -24,4 +24,5 @@ def mean_pairwise_distances(images: Tensor, images_per_prompt: int, distance: pe
     pairs = torch.tensor(list(itertools.combinations(range(images_per_prompt), 2)))
     starts = torch.arange(0, len(images), images_per_prompt)
     first, second = ((starts[:, None] + pairs[:, side]).flatten() for side in (0, 1))
-    return distance(images[first], images[second]).unflatten(0, (len(starts), len(pairs))).mean(1)
+    found = distance(images[first], images[second]).reshape(len(starts), len(pairs))
+    return found.mean(1)

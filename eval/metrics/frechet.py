@@ -110,6 +110,4 @@ def jackknife(
         left_out = _Moments.of(reference[reference_groups == group], paired.origin)  # type: ignore[index]
         return distance(rest, Gaussian.of(paired.without(left_out)))
 
-    return stats.Jackknife(
-        distance(Gaussian.of(whole), known), tuple(map(without, range(count))) if count > 1 else ()
-    )
+    return stats.Jackknife(distance(Gaussian.of(whole), known), tuple(map(without, range(count))) if count > 1 else ())

@@ -53,8 +53,8 @@ def jackknife(
 ) -> stats.Jackknife:
     """MMD^2 of (N, d) and (M, d), and again without each group, from one pass over pairs of groups.
 
-    groups: (N,), from 0. reference_groups: (M,), or None for a reference that stays whole. Memory is that of two groups.
-    Raises DataError for sets that do not match or are smaller than 2.
+    groups: (N,), from 0. reference_groups: (M,), or None for a reference that stays whole.
+    Memory is that of two groups. Raises DataError for sets that do not match or are smaller than 2.
     """
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
         raise errors.DataError(f"feature sets must be (N, d) and (M, d), not {features.shape} and {reference.shape}")

@@ -1,6 +1,5 @@
 """Precision and recall of a set of pictures against a reference, in a feature space."""
 
-import torch
 from torch import Tensor
 
 from diffusion_kd import errors

@@ -38,7 +38,7 @@ class Speed:
 
 
 def measure(calls: Sequence[Call], *, batch_size: int, device: torch.device, runs: int = RUNS) -> list[Speed]:
-    """Time models in turns, so that a busy moment of the machine meets all of them. The first call of each is not timed."""
+    """Time models in turns, so that a busy moment of the machine meets all. The first call of each is not timed."""
     for call in calls:
         call(1)
     latencies = [[_timed(call, 1) for call in calls] for _ in range(runs)]

@@ -5,7 +5,7 @@
 | `shapes`  | the embedded domain    | 512 in 8 strata  | 250        |
 | `general` | SDXL-class models      | 520 in 13 strata | 184        |
 
-A prompt of the shapes domain also has `asks`, what the oracle looks for. `python -m eval.suites.shapes` writes `shapes`.
+A prompt of the shapes domain also has `asks`, what the oracle looks for. `eval.suites.shapes` writes `shapes`.
 """
 
 import dataclasses
@@ -69,7 +69,9 @@ def load(name_or_path: str) -> Suite:
         raise errors.DataError(f"{path} cannot be read: {errors.first_line(error)}") from None
     prompts = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise errors.DataError(f"{path} holds no prompts; a line is {json.dumps(dict(zip(_KEYS, _EXAMPLE, strict=True)))}")
+        raise errors.DataError(
+            f"{path} holds no prompts; a line is {json.dumps(dict(zip(_KEYS, _EXAMPLE, strict=True)))}"
+        )
     return checked(name_or_path if name_or_path in BUILT_IN else path.name, prompts)
 
 
@@ -81,7 +83,9 @@ def checked(name: str, prompts: Sequence[Prompt]) -> Suite:
     seen: set[str] = set()
     repeated = [prompt.id for prompt in prompts if prompt.id in seen or seen.add(prompt.id)]  # type: ignore[func-returns-value]
     if repeated:
-        raise errors.DataError(f"{name} has several prompts with the id {repeated[0]!r}; {len(repeated)} ids are repeated")
+        raise errors.DataError(
+            f"{name} has several prompts with the id {repeated[0]!r}; {len(repeated)} ids are repeated"
+        )
     if all(prompt.edge_case for prompt in prompts):
         raise errors.DataError(f"{name} holds edge cases alone; distances of whole sets need standard prompts")
     return Suite(name, tuple(prompts))
@@ -100,17 +104,23 @@ def _parse(line: str, where: str) -> Prompt:
     if unknown := fields.keys() - _KEYS.keys() - {"asks"}:
         raise errors.DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; a prompt has {', '.join(_KEYS)} and asks")
     asks = fields.get("asks")
-    return Prompt(**{key: fields[key] for key in _KEYS}, asks=None if asks is None else _asks(fields["text"], asks, where))
+    return Prompt(
+        **{key: fields[key] for key in _KEYS}, asks=None if asks is None else _asks(fields["text"], asks, where)
+    )
 
 
 def _asks(text: str, asks: Any, where: str) -> scenes.Prompt:
     known = {"relation": scenes.RELATIONS, "place": scenes.PLACES, "background": scenes.BACKGROUNDS}
     looks = {"shape": scenes.SHAPES, "colour": scenes.COLOURS, "size": scenes.RADIUS_PX}
     try:
-        objects = tuple(scenes.Wanted(**{key: _word(each, key, looks, where) for key in looks}) for each in asks["objects"])
+        objects = tuple(
+            scenes.Wanted(**{key: _word(each, key, looks, where) for key in looks}) for each in asks["objects"]
+        )
         return scenes.Prompt(text, objects, **{key: _word(asks, key, known, where) for key in known})
     except (KeyError, TypeError, AttributeError):
-        raise errors.DataError(f"{where}: asks must hold objects, relation, place and background, not {asks!r}") from None
+        raise errors.DataError(
+            f"{where}: asks must hold objects, relation, place and background, not {asks!r}"
+        ) from None
 
 
 def _word(holder: dict[str, Any], key: str, known: dict[str, Any], where: str) -> str | None:

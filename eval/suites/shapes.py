@@ -1,7 +1,7 @@
 """Writes the shapes suite: `python -m eval.suites.shapes`. The file in the repository is what this makes.
 
-Standard prompts ask, in the training grammar, for pairs seen in training, stratified by what they say. Edge cases ask in
-ways that training never showed.
+Standard prompts ask, in the training grammar, for pairs seen in training, stratified by what they say. Edge cases ask
+in ways that training never showed.
 """
 
 import dataclasses
@@ -86,12 +86,12 @@ _PARAPHRASES = (
     "an illustration that shows a {s2} coloured {c2} with a {s1} coloured {c1} {rel} it",
 )
 _LONG = (
-    "a {c1} {s1} {rel} a {c2} {s2}, drawn with flat colours and clean edges, without any text, frame, shadow or further "
-    "object, as if it had been cut out of paper and laid down with care by somebody who had all the time in the world",
+    "a {c1} {s1} {rel} a {c2} {s2}, drawn with flat colours and clean edges, without any text, frame, shadow or other "
+    "thing, as if it had been cut out of paper and laid down with care by somebody who had all the time in the world",
     "please take a moment before you start, think of a calm and simple picture such as one finds in a book for small "
     "children, leave out everything that is not needed, and then show nothing other than a {c1} {s1} {rel} a {c2} {s2}",
-    "a {c1} {s1}, yes, a {c1} {s1} and no other kind of thing, and it has to be {rel} a {c2} {s2}, again a {c2} {s2} and "
-    "no other kind of thing, so that in the end there is a {c1} {s1} {rel} a {c2} {s2} and nothing more than that",
+    "a {c1} {s1}, yes, a {c1} {s1} and no other kind of thing, and it has to be {rel} a {c2} {s2}, again a {c2} {s2} "
+    "and no other kind of thing, so that in the end there is a {c1} {s1} {rel} a {c2} {s2} and nothing more than that",
 )
 
 
@@ -134,7 +134,9 @@ def _contradictory() -> Iterator[Words]:
         for number, template in enumerate(_CONTRADICTIONS):
             facts = _facts(rng, 2)
             first = facts.objects[0]
-            kept = scenes.Wanted(first.shape, None, None) if number in (0, 3) else scenes.Wanted(None, first.colour, None)
+            kept = (
+                scenes.Wanted(first.shape, None, None) if number in (0, 3) else scenes.Wanted(None, first.colour, None)
+            )
             yield template.format(**_named(facts)), scenes.Prompt("", (kept,), None, None, None)
 
 
@@ -174,7 +176,7 @@ _LANGUAGES: tuple[tuple[str, str], ...] = (
     ("синий круг", "circle blue"),
     ("красная звезда слева от зелёного квадрата", "star red|left of|square green"),
     ("mavi bir kare", "square blue"),
-    ("kırmızı bir yıldızın sağında yeşil bir daire", "circle green|right of|star red"),
+    ("kırmızı bir yıldızın sağında yeşil bir daire", "circle green|right of|star red"),  # noqa: RUF001 - Turkish
     ("一个红色的圆形", "circle red"),
     ("一个蓝色的正方形在一颗黄色的星星左边", "square blue|left of|star yellow"),
     ("緑の三角形", "triangle green"),
@@ -189,7 +191,8 @@ def _other_languages() -> Iterator[Words]:
     for text, short in _LANGUAGES:
         first, *rest = short.split("|")
         names = [first, *rest[1:]]
-        objects = tuple(scenes.Wanted(*name.split(), None) for name in names)  # type: ignore[arg-type]
+        looks = [name.split() for name in names]
+        objects = tuple(scenes.Wanted(shape, colour, None) for shape, colour in looks)
         yield text, scenes.Prompt(text, objects, rest[0] if rest else None, None, None)
 
 

@@ -1,13 +1,12 @@
 """The ablation: every variant can be run, and no result stands in for another's."""
 
 import pathlib
-import types
 from typing import Any
 
 import pytest
 
 from benchmarks import ablation
-from diffusion_kd import errors
+from diffusion_kd import errors, pipeline
 
 
 def test_every_variant_of_the_ablation_is_valid() -> None:
@@ -18,20 +17,24 @@ def test_every_variant_of_the_ablation_is_valid() -> None:
 
 
 def test_what_was_measured_otherwise_is_measured_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
+    measured: list[list[str]] = []
 
-    def measure(exam: Any, teacher: Any, student: Any) -> ablation.Measures:
-        measured.append((exam.protocol.prompts, teacher.entrant.guidance_scale))
+    def measure(student: pathlib.Path, arguments: list[str]) -> ablation.Measures:
+        measured.append(arguments)
         return {"1": {"prompt_accuracy": float(len(measured))}}
 
     monkeypatch.setattr(ablation, "measure", measure)
-    monkeypatch.setattr(ablation.pipeline, "load_student", lambda name: None)
-    found = []
-    for prompts, guidance_scale in ((256, 2.0), (256, 2.0), (8, 2.0), (256, 3.0), (256, 2.0)):
-        exam: Any = types.SimpleNamespace(protocol=types.SimpleNamespace(prompts=prompts))
-        teacher: Any = types.SimpleNamespace(entrant=types.SimpleNamespace(guidance_scale=guidance_scale))
-        found.append(ablation.measured_once(exam, teacher, tmp_path / "student")["1"]["prompt_accuracy"])
-    assert measured == [(256, 2.0), (8, 2.0), (256, 3.0)] and found == [1, 1, 2, 3, 1]
+    asked = [["--prompts", "256"], ["--prompts", "256"], ["--prompts", "8"], ["--prompts", "256"]]
+    found = [ablation.measured_once(tmp_path / "student", each)["1"]["prompt_accuracy"] for each in asked]
+    assert found == [1, 1, 2, 1]
+    assert measured == [["--prompts", "256"], ["--prompts", "8"]]
+
+
+def test_the_untrained_teacher_can_be_read_as_a_student(tmp_path: pathlib.Path) -> None:
+    folder = ablation.untrained(tmp_path)
+    student = pipeline.load_student(str(folder))
+    assert set(student.timesteps) == {1, 2, 3, 4}
+    assert ablation.untrained(tmp_path) == folder
 
 
 def test_a_student_of_another_length_is_distilled_anew(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

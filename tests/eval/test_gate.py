@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 
 from diffusion_kd import errors
 from eval import gate, measure, stats, suites
-from numpy.typing import NDArray
 
 PASS, FAIL, INCONCLUSIVE = stats.Outcome.PASS, stats.Outcome.FAIL, stats.Outcome.INCONCLUSIVE
 
@@ -29,7 +29,11 @@ def _shares(suite: suites.Suite, **share: float) -> NDArray[np.float64]:
 
 
 def _evidence(accuracy: NDArray[np.float64], **changes: Any) -> gate.Evidence:
-    scores: measure.Scores = {"prompt_accuracy": accuracy, "clip_score": accuracy * 0.1 + 0.2, "diversity": accuracy + 1}
+    scores: measure.Scores = {
+        "prompt_accuracy": accuracy,
+        "clip_score": accuracy * 0.1 + 0.2,
+        "diversity": accuracy + 1,
+    }
     fields: dict[str, Any] = {"sets": {}, "scores": scores, "latency_s": (1.0,) * 10, "pictures": 400, "dimensions": 16}
     return gate.Evidence(**fields | changes)
 
@@ -52,11 +56,15 @@ def test_an_equal_student_passes_and_every_slice_is_checked() -> None:
 
 def test_one_bad_slice_fails_the_whole_and_is_named_with_its_interval() -> None:
     student = _evidence(_shares(SUITE, cats=1, dogs=0.5, odd=0.9))
-    verdict = gate.judge(_floor(("prompt_accuracy", "all", 0.7), ("prompt_accuracy", "category", 0.8)), student, GOOD, SUITE)
+    verdict = gate.judge(
+        _floor(("prompt_accuracy", "all", 0.7), ("prompt_accuracy", "category", 0.8)), student, GOOD, SUITE
+    )
     assert verdict.outcome is FAIL
     assert [check.slice for check in verdict.checks if check.outcome is FAIL] == ["dogs"]
     (sentence,) = verdict.sentences()
-    assert sentence.startswith("prompt_accuracy of dogs: retention 0.500 [0.39") and sentence.endswith("missed by 0.300")
+    assert sentence.startswith("prompt_accuracy of dogs: retention 0.500 [0.39") and sentence.endswith(
+        "missed by 0.300"
+    )
 
 
 def test_edge_cases_are_judged_apart() -> None:
@@ -144,7 +152,9 @@ def test_prompts_without_a_score_are_left_out_of_both() -> None:
     assert {check.slice: check.retention.samples for check in verdict.checks} == {"cats": 30, "dogs": 60}
 
 
-@pytest.mark.parametrize(("kept", "name"), [(1.2, "excellent"), (0.95, "excellent"), (0.949, "good"), (0.7, "acceptable"), (0.69, "poor")])
+@pytest.mark.parametrize(
+    ("kept", "name"), [(1.2, "excellent"), (0.95, "excellent"), (0.949, "good"), (0.7, "acceptable"), (0.69, "poor")]
+)
 def test_bands(kept: float, name: str) -> None:
     assert gate.band(kept) == name
 

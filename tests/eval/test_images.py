@@ -36,14 +36,18 @@ def test_pictures_of_a_prompt_stand_together_and_have_seeds_of_their_own(suite: 
     assert shorter == made[15:]  # a seed follows from the prompt, not from its place
 
 
-def test_what_is_made_is_kept_to_the_bit(tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]) -> None:
+def test_what_is_made_is_kept_to_the_bit(
+    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]
+) -> None:
     gallery = _gallery(tmp_path, make_entrant(noise_maker), items)
     gallery.fill(ONE)
     drawn = noise_maker([item.prompt.text for item in items], [item.seed for item in items], steps=1, guidance_scale=0)
     assert np.array_equal(gallery.read(items), sampling.to_uint8(drawn))
 
 
-def test_nothing_is_made_twice(tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]) -> None:
+def test_nothing_is_made_twice(
+    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]
+) -> None:
     for _ in range(2):
         _gallery(tmp_path, make_entrant(noise_maker), items).fill(ONE)
     assert noise_maker.drawn == 20  # type: ignore[attr-defined]
@@ -53,7 +57,11 @@ def test_nothing_is_made_twice(tmp_path: pathlib.Path, make_entrant: Make, noise
     "change", [{"artifact_sha256": "x"}, {"steps": 2}, {"guidance_scale": 1.0}, {"settings": {"negative_prompt": "x"}}]
 )
 def test_another_model_or_setting_has_pictures_of_its_own(
-    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item], change: dict[str, object]
+    tmp_path: pathlib.Path,
+    make_entrant: Make,
+    noise_maker: sampling.Sampler,
+    items: list[images.Item],
+    change: dict[str, object],
 ) -> None:
     entrant = make_entrant(noise_maker)
     _gallery(tmp_path, entrant, items).fill(ONE)
@@ -62,7 +70,11 @@ def test_another_model_or_setting_has_pictures_of_its_own(
 
 
 def test_other_code_has_pictures_of_its_own(
-    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item], monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path,
+    make_entrant: Make,
+    noise_maker: sampling.Sampler,
+    items: list[images.Item],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _gallery(tmp_path, make_entrant(noise_maker), items).fill(ONE)
     monkeypatch.setattr(images, "code_sha256", lambda: "other")
@@ -91,7 +103,9 @@ def test_a_killed_run_goes_on_with_whole_blocks(
     assert not [path for path in gallery.folder.iterdir() if path.name.startswith(".")]
 
 
-def test_processes_share_the_blocks(tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]) -> None:
+def test_processes_share_the_blocks(
+    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item]
+) -> None:
     gallery = _gallery(tmp_path, make_entrant(noise_maker), items)
     gallery.fill(processes.Processes(0, 2))
     assert noise_maker.drawn == 8 + 4  # type: ignore[attr-defined]
@@ -101,7 +115,11 @@ def test_processes_share_the_blocks(tmp_path: pathlib.Path, make_entrant: Make, 
 
 
 def test_a_damaged_picture_is_made_again(
-    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item], caplog: pytest.LogCaptureFixture
+    tmp_path: pathlib.Path,
+    make_entrant: Make,
+    noise_maker: sampling.Sampler,
+    items: list[images.Item],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     gallery = _gallery(tmp_path, make_entrant(noise_maker), items)
     gallery.fill(ONE)
@@ -132,7 +150,11 @@ def test_pictures_that_are_not_finite_are_counted_and_never_black(
 
 
 def test_a_full_disk_leaves_no_half_picture(
-    tmp_path: pathlib.Path, make_entrant: Make, noise_maker: sampling.Sampler, items: list[images.Item], monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path,
+    make_entrant: Make,
+    noise_maker: sampling.Sampler,
+    items: list[images.Item],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save, saved = PIL.Image.Image.save, []
 

@@ -24,7 +24,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     class Random(theirs.FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, *arguments: object, **options: object) -> None: ...
 
-    with mock.patch.object(theirs, "load_state_dict_from_url", lambda *arguments, **options: {}):
+    with mock.patch.object(theirs, "load_state_dict_from_url", return_value={}):
         network = Random("inception", ["2048"])
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
@@ -81,7 +81,9 @@ def test_clean_is_pillow_s_bicubic_within_a_level_on_edges(weights: pathlib.Path
     assert np.abs(ours - theirs).max() <= 1
 
 
-def test_pytorch_fid_resizes_without_antialias_to_minus_one_and_one(weights: pathlib.Path, images_uint8: np.ndarray) -> None:
+def test_pytorch_fid_resizes_without_antialias_to_minus_one_and_one(
+    weights: pathlib.Path, images_uint8: np.ndarray
+) -> None:
     network = inception.InceptionFeatures(weights, "pytorch-fid")
     unit = torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float() / 255
     expected = 2 * functional.interpolate(unit, (299, 299), mode="bilinear", align_corners=False) - 1
@@ -112,7 +114,11 @@ def test_only_the_original_weights_make_a_fid(weights: pathlib.Path, monkeypatch
 def test_what_is_no_inception_is_refused(tmp_path: pathlib.Path, weights: pathlib.Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"broken")
-    for name, words in (("other", "is not an Inception checkpoint"), ("broken", "cannot be read"), ("missing", "cannot be read")):
+    for name, words in (
+        ("other", "is not an Inception checkpoint"),
+        ("broken", "cannot be read"),
+        ("missing", "cannot be read"),
+    ):
         with pytest.raises(errors.ModelError, match=rf"{name}\.pth {words}"):
             inception.InceptionFeatures(tmp_path / f"{name}.pth")
     with pytest.raises(errors.ConfigError, match="one of tf1, pytorch-fid, clean"):

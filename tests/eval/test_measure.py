@@ -34,7 +34,12 @@ def _gallery(folder: pathlib.Path, entrant: images.Entrant, suite: suites.Suite,
 
 
 def test_a_painter_is_right_everywhere(
-    ruler: measure.Ruler, suite: suites.Suite, painter: sampling.Sampler, make_entrant: Make, text_vectors: Tensor, tmp_path: pathlib.Path
+    ruler: measure.Ruler,
+    suite: suites.Suite,
+    painter: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
 ) -> None:
     gallery = _gallery(tmp_path, make_entrant(painter), suite)
     found = ruler.measure(gallery, gallery, text_vectors)
@@ -43,11 +48,18 @@ def test_a_painter_is_right_everywhere(
     assert "lpips_to_teacher" not in found.scores
     assert (found.scores["diversity"] > 0).all()
     assert found.sets.whole.shape == (48, 12)  # standard prompts alone
-    assert found.sets.groups is not None and found.sets.groups.tolist() == [index % 20 for index in range(24) for _ in "ab"]
+    assert found.sets.groups is not None and found.sets.groups.tolist() == [
+        index % 20 for index in range(24) for _ in "ab"
+    ]
 
 
 def test_edge_cases_have_scores_and_no_part_in_set_distances(
-    ruler: measure.Ruler, suite: suites.Suite, painter: sampling.Sampler, make_entrant: Make, text_vectors: Tensor, tmp_path: pathlib.Path
+    ruler: measure.Ruler,
+    suite: suites.Suite,
+    painter: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
 ) -> None:
     edge = {prompt.text for prompt in suite.prompts if prompt.edge_case}
 
@@ -67,9 +79,14 @@ def test_edge_cases_have_scores_and_no_part_in_set_distances(
 
 
 def test_nothing_depends_on_the_batch_size(
-    protocol: protocols.Protocol, suite: suites.Suite, instruments: networks.Networks, painter: sampling.Sampler,
-    make_entrant: Make, text_vectors: Tensor, tmp_path: pathlib.Path,
-) -> None:  # fmt: skip
+    protocol: protocols.Protocol,
+    suite: suites.Suite,
+    instruments: networks.Networks,
+    painter: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
+) -> None:
     found = []
     for size in (4, 22):
         ruler = measure.Ruler(protocol, suite, instruments, tmp_path, batch_size=size)
@@ -83,13 +100,21 @@ def test_nothing_depends_on_the_batch_size(
 
 
 def test_scores_are_those_of_the_pictures_themselves(
-    ruler: measure.Ruler, suite: suites.Suite, instruments: networks.Networks, noise_maker: sampling.Sampler, painter: sampling.Sampler,
-    make_entrant: Make, text_vectors: Tensor, tmp_path: pathlib.Path,
-) -> None:  # fmt: skip
+    ruler: measure.Ruler,
+    suite: suites.Suite,
+    instruments: networks.Networks,
+    noise_maker: sampling.Sampler,
+    painter: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
+) -> None:
     gallery, teacher = (_gallery(tmp_path, make_entrant(each), suite) for each in (noise_maker, painter))
     found = ruler.measure(gallery, teacher, text_vectors)
     number = 11
-    mine, theirs = (sampling.to_images(each.read(each.items[2 * number : 2 * number + 2])) for each in (gallery, teacher))
+    mine, theirs = (
+        sampling.to_images(each.read(each.items[2 * number : 2 * number + 2])) for each in (gallery, teacher)
+    )
     vectors = instruments.clip(mine).vector
     cosine = torch.nn.functional.cosine_similarity(vectors, text_vectors[[number] * 2]).mean().item()
     assert found.scores["clip_score"][number] == pytest.approx(cosine, abs=1e-6)
@@ -100,9 +125,14 @@ def test_scores_are_those_of_the_pictures_themselves(
 
 
 def test_an_excluded_prompt_counts_nowhere(
-    ruler: measure.Ruler, suite: suites.Suite, truth: reference.Pictures, painter: sampling.Sampler, make_entrant: Make,
-    text_vectors: Tensor, tmp_path: pathlib.Path,
-) -> None:  # fmt: skip
+    ruler: measure.Ruler,
+    suite: suites.Suite,
+    truth: reference.Pictures,
+    painter: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
+) -> None:
     gallery = _gallery(tmp_path, make_entrant(painter), suite)
     sets = ruler.reference_sets(truth)
     ruler.excluded = frozenset({suite.prompts[3].id, suite.prompts[30].id})
@@ -116,9 +146,15 @@ def test_an_excluded_prompt_counts_nowhere(
 
 
 def test_distances_are_those_of_the_features(
-    ruler: measure.Ruler, suite: suites.Suite, truth: reference.Pictures, painter: sampling.Sampler, noise_maker: sampling.Sampler,
-    make_entrant: Make, text_vectors: Tensor, tmp_path: pathlib.Path,
-) -> None:  # fmt: skip
+    ruler: measure.Ruler,
+    suite: suites.Suite,
+    truth: reference.Pictures,
+    painter: sampling.Sampler,
+    noise_maker: sampling.Sampler,
+    make_entrant: Make,
+    text_vectors: Tensor,
+    tmp_path: pathlib.Path,
+) -> None:
     sets = ruler.reference_sets(truth)
     good, bad = (_gallery(tmp_path, make_entrant(each), suite) for each in (painter, noise_maker))
     near, far = (measure.distances(ruler.measure(each, good, text_vectors).sets, sets) for each in (good, bad))

@@ -110,7 +110,9 @@ def test_a_prompt_beyond_the_77th_token_is_counted_and_scored_on_its_beginning(t
 
 
 def test_resizers_are_told_apart(tiny_clip: pathlib.Path) -> None:
-    area, bicubic = (features.OpenClipFeatures("tiny-clip", str(tiny_clip), resizer=name) for name in ("area", "pil-bicubic"))
+    area, bicubic = (
+        features.OpenClipFeatures("tiny-clip", str(tiny_clip), resizer=name) for name in ("area", "pil-bicubic")
+    )
     assert (area.resizer, bicubic.resizer) == ("area", "pil-bicubic")
     with torch.no_grad():
         assert not torch.allclose(area(_images(0)).vector, bicubic(_images(0)).vector, atol=1e-4)
@@ -124,8 +126,10 @@ def test_networks_of_a_real_protocol(
     (tmp_path / "clip.pt").symlink_to(tiny_clip)
     (tmp_path / "alexnet.pth").symlink_to(backbone)
     specification = {
-        "features": "open_clip:tiny-clip:clip.pt", "clip": "open_clip:tiny-clip:clip.pt", "distance": "lpips-alex:alexnet.pth"
-    }  # fmt: skip
+        "features": "open_clip:tiny-clip:clip.pt",
+        "clip": "open_clip:tiny-clip:clip.pt",
+        "distance": "lpips-alex:alexnet.pth",
+    }
     loaded = networks.load(specification, tmp_path, torch.device("cpu"))
     assert loaded.features is loaded.clip
     assert loaded.clip.resizer == "pil-bicubic"

@@ -13,7 +13,9 @@ REAL = [name for name in protocols.PROTOCOLS if name != "shapes"]
 
 
 def test_the_protocols_of_the_field_are_there() -> None:
-    assert {"shapes", "coco17-5k-512-vitg14", "coco14-10k-512", "coco14-30k-256", "mlperf-sdxl-5k"} <= set(protocols.PROTOCOLS)
+    assert {"shapes", "coco17-5k-512-vitg14", "coco14-10k-512", "coco14-30k-256", "mlperf-sdxl-5k"} <= set(
+        protocols.PROTOCOLS
+    )
     with pytest.raises(errors.ConfigError, match="no protocol 'mlperf'; there are shapes, general"):
         protocols.named("mlperf")
 

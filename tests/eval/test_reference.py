@@ -37,7 +37,9 @@ def test_renders_show_what_is_asked_and_differ_with_seed_and_number(
     assert opened[0].groups.tolist() == [index for index in range(24) for _ in "ab"]
 
 
-def test_a_suite_that_asks_for_nothing_known_has_no_renders(protocol: protocols.Protocol, tmp_path: pathlib.Path) -> None:
+def test_a_suite_that_asks_for_nothing_known_has_no_renders(
+    protocol: protocols.Protocol, tmp_path: pathlib.Path
+) -> None:
     suite = suites.Suite("own", (suites.Prompt("a", "b", False, "a dog"),))
     assert reference.open_reference(protocol, suite, tmp_path, 0) is None
 
@@ -65,7 +67,9 @@ def test_a_paired_folder_must_hold_every_prompt_s_picture(
         _save(tmp_path / "photos" / f"{prompt.id}.jpg", (50, 50), number)
     opened = reference.open_reference(_folder(protocol, paired=True), suite, tmp_path, 0)
     assert isinstance(opened, reference.Pictures)
-    assert [path.stem for path in opened.sources if isinstance(path, pathlib.Path)] == [each.id for each in suite.prompts]
+    assert [path.stem for path in opened.sources if isinstance(path, pathlib.Path)] == [
+        each.id for each in suite.prompts
+    ]
     (tmp_path / "photos" / f"{suite.prompts[4].id}.jpg").unlink()
     with pytest.raises(errors.DataError, match=f"lacks 1 of 32 pictures, {suite.prompts[4].id}"):
         reference.open_reference(_folder(protocol, paired=True), suite, tmp_path, 0)
@@ -82,7 +86,9 @@ def test_a_broken_picture_is_named(
         ruler.reference_sets(opened)
 
 
-def test_an_empty_or_missing_folder_is_refused(protocol: protocols.Protocol, suite: suites.Suite, tmp_path: pathlib.Path) -> None:
+def test_an_empty_or_missing_folder_is_refused(
+    protocol: protocols.Protocol, suite: suites.Suite, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(errors.DataError, match="photos cannot be read"):
         reference.open_reference(_folder(protocol), suite, tmp_path, 0)
     (tmp_path / "photos").mkdir()
@@ -99,7 +105,11 @@ def test_stored_moments_are_read_as_pytorch_fid_writes_them(tmp_path: pathlib.Pa
 
 @pytest.mark.parametrize(
     "content",
-    [{"mu": np.zeros(3)}, {"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, {"mu": np.zeros(1), "sigma": np.full((1, 1), np.nan)}],
+    [
+        {"mu": np.zeros(3)},
+        {"mu": np.zeros(3), "sigma": np.zeros((2, 2))},
+        {"mu": np.zeros(1), "sigma": np.full((1, 1), np.nan)},
+    ],
 )
 def test_moments_that_are_none_are_refused(tmp_path: pathlib.Path, content: dict[str, np.ndarray]) -> None:
     np.savez(tmp_path / "val.npz", **content)  # type: ignore[arg-type]

@@ -122,7 +122,9 @@ def test_two_runs_say_the_same(tmp_path: pathlib.Path, arguments: list[str], mod
         for row in written["rows"]:
             row.pop("speed")
             row.get("verdict", {}).pop("because", None)
-            row.get("verdict", {}).update(checks=[each for each in row.get("verdict", {}).get("checks", []) if each["metric"] != "latency"])
+            row.get("verdict", {}).update(
+                checks=[each for each in row.get("verdict", {}).get("checks", []) if each["metric"] != "latency"]
+            )
         written.pop("command")
         found.append(written)
     assert found[0] == found[1]
@@ -164,9 +166,13 @@ class Breaking:
 
 
 def test_a_lost_prompt_is_counted_and_the_run_is_not_complete(
-    tmp_path: pathlib.Path, arguments: list[str], timeless: list[str], models: Models, suite: suites.Suite,
+    tmp_path: pathlib.Path,
+    arguments: list[str],
+    timeless: list[str],
+    models: Models,
+    suite: suites.Suite,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(pipeline, "load_student", lambda name: Breaking(models[0], {suite.prompts[2].text}))
     assert run.main([*arguments, *timeless]) == 2
     written = _report(tmp_path)
@@ -178,9 +184,13 @@ def test_a_lost_prompt_is_counted_and_the_run_is_not_complete(
 
 
 def test_a_model_that_loses_too_much_is_refused(
-    tmp_path: pathlib.Path, arguments: list[str], models: Models, suite: suites.Suite, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    arguments: list[str],
+    models: Models,
+    suite: suites.Suite,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     breaks = {prompt.text for prompt in suite.prompts[:3]}
     monkeypatch.setattr(pipeline, "load_student", lambda name: Breaking(models[0], breaks))
     assert run.main(arguments) == 3
@@ -201,7 +211,11 @@ def test_a_failure_leaves_the_earlier_report_whole(
 
 
 def test_a_full_disk_is_one_sentence_and_what_is_made_is_kept(
-    tmp_path: pathlib.Path, arguments: list[str], models: Models, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path,
+    arguments: list[str],
+    models: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save, saved = PIL.Image.Image.save, []
 
@@ -256,7 +270,12 @@ def test_a_model_of_another_size_is_refused_before_any_work(
     ],
 )
 def test_bad_settings_end_in_one_message_and_code_3(
-    tmp_path: pathlib.Path, arguments: list[str], models: Models, capsys: pytest.CaptureFixture[str], wrong: list[str], message: str
+    tmp_path: pathlib.Path,
+    arguments: list[str],
+    models: Models,
+    capsys: pytest.CaptureFixture[str],
+    wrong: list[str],
+    message: str,
 ) -> None:
     assert run.main([*arguments, "--data", str(tmp_path / "data"), *wrong]) == 3
     said = capsys.readouterr()
@@ -312,14 +331,29 @@ def test_the_table_is_aligned(tmp_path: pathlib.Path, arguments: list[str], mode
 
 def test_two_processes_say_what_one_says(tmp_path: pathlib.Path) -> None:
     """On the shipped models: generating is shared through gloo, the numbers are the same."""
-    base = ["-m", "eval.run", "--prompts", "60", "--steps", "1", "--teacher-steps", "4", "--batch-size", "8", "--device", "cpu"]
+    base = [
+        "-m",
+        "eval.run",
+        "--prompts",
+        "60",
+        "--steps",
+        "1",
+        "--teacher-steps",
+        "4",
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     found = []
     for name, command in (("one", base), ("two", [*launch, *base])):
         folder = tmp_path / name
         options = ["--cache", str(folder / "cache"), "--out", str(folder / "report")]
-        done = subprocess.run([sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
         assert (folder / "report" / "report.json").is_file(), done.stderr
         found.append(_report(folder))
     one, two = found
@@ -327,7 +361,9 @@ def test_two_processes_say_what_one_says(tmp_path: pathlib.Path) -> None:
     for row, other in zip(one["rows"], two["rows"], strict=True):
         assert row["values"] == other["values"]
         assert row["slices"] == other["slices"]
-    pictures = [{path.name: path.read_bytes() for path in (tmp_path / name / "cache").rglob("*.png")} for name in ("one", "two")]
+    pictures = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "cache").rglob("*.png")} for name in ("one", "two")
+    ]
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) >= 2 * 60
 
@@ -338,5 +374,3 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "INCONCLUSIVE" in shown
     assert all(f"--{name}" in shown for name in ("protocol", "suite", "floor", "cache", "data", "baseline", "beside"))
-
-

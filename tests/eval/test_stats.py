@@ -98,7 +98,10 @@ def test_a_student_that_copies_its_teacher_passes_with_certainty() -> None:
     found = stats.jackknife_retention(teacher, teacher, 0.75, 100)
     assert found.value == 1
     assert found.outcome(0.05) is stats.Outcome.PASS
-    assert stats.jackknife_retention(stats.Jackknife(0, (0.0,) * 20), stats.Jackknife(0, (0.0,) * 20), 0.75, 9).p_below == 0.5
+    assert (
+        stats.jackknife_retention(stats.Jackknife(0, (0.0,) * 20), stats.Jackknife(0, (0.0,) * 20), 0.75, 9).p_below
+        == 0.5
+    )
 
 
 # --- retention of means over prompts ----------------------------------------------------------------
@@ -122,7 +125,9 @@ def test_a_few_perfect_prompts_prove_nothing() -> None:
     found = stats.bootstrap_retention(np.ones(8), np.ones(8), 0.9, pass_fail=True)
     assert found.outcome(0.05) is stats.Outcome.INCONCLUSIVE
     assert found.interval[0] is not None and found.interval[0] < 0.9 < 1 <= (found.interval[1] or 0)
-    assert stats.bootstrap_retention(np.ones(100), np.ones(100), 0.9, pass_fail=True).outcome(0.05) is stats.Outcome.PASS
+    assert (
+        stats.bootstrap_retention(np.ones(100), np.ones(100), 0.9, pass_fail=True).outcome(0.05) is stats.Outcome.PASS
+    )
 
 
 def test_pairing_removes_what_prompts_have_in_common() -> None:

@@ -22,7 +22,9 @@ def test_at_least_500_standard_prompts_and_150_edge_cases_of_different_text(suit
     assert len(suite.prompts) - len(edge) >= 500
     assert len({prompt.id for prompt in suite.prompts}) == len(suite.prompts)
     assert len({prompt.text for prompt in suite.prompts}) == len(suite.prompts)
-    assert {prompt.category for prompt in edge}.isdisjoint({prompt.category for prompt in suite.prompts if not prompt.edge_case})
+    assert {prompt.category for prompt in edge}.isdisjoint(
+        {prompt.category for prompt in suite.prompts if not prompt.edge_case}
+    )
 
 
 def test_the_shapes_file_is_what_its_maker_makes() -> None:
@@ -75,7 +77,9 @@ def test_general_strata_are_those_of_the_field() -> None:
     } <= counts.keys()  # fmt: skip
     assert min(count for name, count in counts.items() if name != "empty") >= 16
     languages = " ".join(prompt.text for prompt in GENERAL.prompts if prompt.category == "non-english")
-    assert all(any(low <= letter <= high for letter in languages) for low, high in ("一鿿", "ぁヿ", "؀ۿ", "ऀॿ", "Ѐӿ", "가힣"))
+    assert all(
+        any(low <= letter <= high for letter in languages) for low, high in ("一鿿", "ぁヿ", "؀ۿ", "ऀॿ", "Ѐӿ", "가힣")
+    )
 
 
 def test_a_line_survives_the_way_to_a_file_and_back(tmp_path: pathlib.Path) -> None:
@@ -112,7 +116,10 @@ GOOD = {"id": "a", "category": "c", "edge_case": False, "text": "t"}
         (["{"], "line 1 is not JSON"),
         (["[]"], "line 1 must be an object"),
         ([json.dumps(GOOD), json.dumps({**GOOD, "text": 7})], "line 2: text must be str, not 7"),
-        ([json.dumps({key: value for key, value in GOOD.items() if key != "edge_case"})], "edge_case must be bool, not None"),
+        (
+            [json.dumps({key: value for key, value in GOOD.items() if key != "edge_case"})],
+            "edge_case must be bool, not None",
+        ),
         ([json.dumps({**GOOD, "colour": 1})], "unknown key 'colour'"),
         ([json.dumps(GOOD), json.dumps({**GOOD, "text": "u"})], "several prompts with the id 'a'"),
         ([json.dumps({**GOOD, "edge_case": True})], "edge cases alone"),

@@ -17,7 +17,9 @@ def test_a_set_and_its_own_shuffle_are_no_distance_apart() -> None:
 
 
 def test_a_shift_costs_three_times_its_squared_length() -> None:
-    shift = np.full(24, 0.5)  # along a random unit direction u the projections move by u . shift; E (u . shift)^2 = |s|^2/d
+    shift = np.full(
+        24, 0.5
+    )  # along a random unit direction u the projections move by u . shift; E (u . shift)^2 = |s|^2/d
     found = mind.mind(_features(80) + shift, _features(80), projections=20_000)
     assert found == pytest.approx(3 * (shift**2).sum(), rel=0.02)
 
