@@ -3,8 +3,8 @@
 Fréchet distances: features of prompts with two pictures each, Gaussian with a 1/k spectrum, so that the true distance
 is known in closed form. How often does each 95 % interval hold it?
 
-The gate: students that lie exactly at the floor. How often do they PASS (at most 5 % should) or FAIL, and how often does
-an equal student PASS? Takes about ten minutes of one core.
+The gate: students that lie exactly at the floor. How often do they PASS (at most 5 % should) or FAIL, and how often
+does an equal student PASS? Takes about ten minutes of one core.
 """
 
 import argparse

@@ -6,6 +6,7 @@ each in a process of its own. Pictures are true renders, made beforehand.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import resource
 import subprocess
@@ -69,9 +70,9 @@ def measure_once(pictures: int, cache: pathlib.Path) -> None:
         teacher = images.Gallery(cache, other, gallery.items, 16)
         sets = timed("reference: render, features, crops", lambda: ruler.reference_sets(truth))
         found = timed("pictures: features, crops, CLIP, LPIPS, oracle", lambda: ruler.measure(gallery, teacher, text))
+        groups = found.sets.groups
         for name, metric in measure.SET_DISTANCES.items():
-            groups = found.sets.groups
-            timed(name, lambda metric=metric: metric.jackknife(found.sets.whole, sets.whole, groups, groups))
+            timed(name, functools.partial(metric.jackknife, found.sets.whole, sets.whole, groups, groups))
         timed("all distances", lambda: measure.distances(found.sets, sets))
         timed("precision, recall", lambda: measure.precision_and_recall(found.sets, sets))
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from diffusion_kd import errors, files
-from eval import examine, gate, images, processes, run, sampling
+from eval import examine, gate, images, processes, run, sampling, stats
 
 Picture = NDArray[np.uint8]
 BLUR_PX = 1.5
@@ -88,18 +88,21 @@ def judge(plan: examine.Plan, teacher: images.Entrant) -> dict[str, gate.Verdict
 
 def table(verdicts: dict[str, gate.Verdict]) -> str:
     """Markdown: who was caught, and by what."""
-    lines = ["| student | verdict | must be caught by | missed floors (retention) |", "|---|---|---|---|"]
+    lines = [
+        "| student | verdict | must be caught by | floors that were missed, or not shown to hold |",
+        "|---" * 4 + "|",
+    ]
     for name, verdict in verdicts.items():
-        missed = [
-            f"{check.metric} of {check.slice} ({check.retention.value:.2f})"
-            for check in verdict.checks
-            if check.outcome is gate.stats.Outcome.FAIL
-        ]
-        more = f" and {len(missed) - 4} more" if len(missed) > 4 else ""
-        lines.append(
-            f"| {name} | {verdict.outcome} | {CAUGHT_BY[name] or '-'} | {', '.join(missed[:4]) or '-'}{more} |"
-        )
+        deciding = [check for check in verdict.checks if check.outcome is verdict.outcome]
+        shown = "" if verdict.outcome is stats.Outcome.PASS else ", ".join(map(_said, deciding[:4]))
+        more = f" and {len(deciding) - 4} more" if shown and len(deciding) > 4 else ""
+        lines.append(f"| {name} | {verdict.outcome} | {CAUGHT_BY[name] or '-'} | {shown}{more} |")
     return "\n".join(lines)
+
+
+def _said(check: gate.Check) -> str:
+    low, high = ("?" if end is None else f"{end:.2f}" for end in check.retention.interval)
+    return f"{check.metric} of {check.slice} {check.retention.value:.2f} [{low}, {high}]"
 
 
 def main() -> None:

@@ -101,4 +101,4 @@ def load_moments(path: pathlib.Path) -> frechet.Gaussian:
         raise errors.DataError(f"{path} holds no mu and sigma: {errors.first_line(error)}") from None
     if mean.ndim != 1 or covariance.shape != (len(mean),) * 2 or not np.isfinite(covariance).all():
         raise errors.DataError(f"{path}: mu and sigma must be (d,) and (d, d), not {mean.shape} and {covariance.shape}")
-    return frechet.Gaussian(mean, covariance)
+    return frechet.Gaussian.from_covariance(mean, covariance)

@@ -23,7 +23,10 @@ SLICED = ("prompt_accuracy", "clip_score", "lpips_to_teacher", "diversity")
 def build(examination: examine.Examination, command: str) -> dict[str, Any]:
     """The report as plain JSON values. command: how to make it again."""
     plan, prints = examination.plan, _Fingerprints(examination)
-    rows = [_row(examination, result, prints) for result in examination.results]
+    found = [_Values(examination, result, prints).all() for result in examination.results]
+    for values in found:
+        _require_alike(values, found[0])
+    rows = [_row(examination, *each, prints) for each in zip(examination.results, found, strict=True)]
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": str(examination.verdict),
@@ -191,10 +194,16 @@ def mean_of(metric: str, scores: NDArray[np.float64]) -> tuple[float | None, tup
 # --- rows -------------------------------------------------------------------------------------------
 
 
-def _row(examination: examine.Examination, result: examine.Result, prints: _Fingerprints) -> dict[str, Any]:
-    plan, entrant = examination.plan, result.entrant
-    found = _Values(examination, result, prints).all()
-    timed = result.speed
+def _require_alike(values: dict[str, Value], teacher: dict[str, Value]) -> None:
+    """A retention compares a student's number with its teacher's: they must have been measured alike."""
+    for key in values.keys() & teacher.keys():
+        fingerprint.require_same(values[key].fingerprint, teacher[key].fingerprint)
+
+
+def _row(
+    examination: examine.Examination, result: examine.Result, found: dict[str, Value], prints: _Fingerprints
+) -> dict[str, Any]:
+    plan, entrant, timed = examination.plan, result.entrant, result.speed
     row = {
         "model": entrant.model,
         "steps": entrant.steps,

@@ -1,7 +1,7 @@
 """Fréchet distance of two sets of feature vectors."""
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -15,22 +15,20 @@ Matrix = NDArray[np.float64]
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """Mean (d,) and unbiased covariance (d, d) of a set of feature vectors, float64."""
+    """mean: (d,), float64. factor: (k, d), any matrix F whose F^T F is the covariance."""
 
     mean: Matrix
-    covariance: Matrix
-
-    @functools.cached_property
-    def root(self) -> Matrix:
-        """Symmetric square root of the covariance; eigenvalues below 0 are rounding."""
-        values, vectors = np.linalg.eigh(self.covariance)
-        root: Matrix = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        return root
+    factor: Matrix
 
     @classmethod
     def fit(cls, features: ArrayLike) -> Self:
-        """To (N, d), N >= 2, of any real values. Raises DataError."""
-        return cls.of(_Moments.of(np.asarray(features)))
+        """To (N, d), N >= 2, of any real values, with an unbiased covariance. Raises DataError."""
+        values = np.asarray(features)
+        if values.ndim == 2 and 2 <= len(values) < values.shape[1]:
+            moments = _Moments.of(values)  # for its checks; where N < d the vectors themselves are the smaller factor
+            centred: Matrix = (np.asarray(values, np.float64) - moments.origin) / np.sqrt(len(values) - 1)
+            return cls(moments.origin, centred)
+        return cls.of(_Moments.of(values))
 
     @classmethod
     def of(cls, moments: "_Moments") -> Self:
@@ -38,7 +36,16 @@ class Gaussian:
             raise errors.DataError(f"a Fréchet distance needs two vectors a set, not {moments.count}")
         mean = moments.total / moments.count
         covariance = (moments.outer - moments.count * np.outer(mean, mean)) / (moments.count - 1)
-        return cls(mean + moments.origin, covariance)
+        return cls.from_covariance(mean + moments.origin, covariance)
+
+    @classmethod
+    def from_covariance(cls, mean: Matrix, covariance: Matrix) -> Self:
+        """By Cholesky; a covariance that is not positive definite has a symmetric root, rounding below 0 cut off."""
+        try:
+            return cls(mean, np.linalg.cholesky(covariance).T)
+        except np.linalg.LinAlgError:
+            values, vectors = np.linalg.eigh(covariance)
+            return cls(mean, np.sqrt(values.clip(min=0))[:, None] * vectors.T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +75,15 @@ class _Moments:
 def distance(first: Gaussian, second: Gaussian) -> float:
     """Squared 2-Wasserstein distance, `|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))`.
 
-    (S1 S2)^(1/2) is never formed: its trace is the sum of the singular values of `S1^(1/2) S2^(1/2)`. They are the
-    roots of the eigenvalues of `S2^(1/2) S1 S2^(1/2)` without the digits that squaring costs where N < d.
+    (S1 S2)^(1/2) is never formed: with F1^T F1 = S1 and F2^T F2 = S2 its trace is the sum of the singular values of
+    F1 F2^T. They are the roots of the eigenvalues of F2 S1 F2^T, without the digits that squaring costs.
     Raises DataError for different d. Source: Heusel et al. 2017, equation 6.
     """
     if first.mean.shape != second.mean.shape:
         raise errors.DataError(f"feature sets must be (N, d) and (M, d), not d = {first.mean.size}, {second.mean.size}")
     shift = first.mean - second.mean
-    cross = np.linalg.svdvals(first.root @ second.root).sum()
-    return float(shift @ shift + first.covariance.trace() + second.covariance.trace() - 2 * cross)
+    cross = np.linalg.svdvals(first.factor @ second.factor.T).sum()
+    return float(shift @ shift + (first.factor**2).sum() + (second.factor**2).sum() - 2 * cross)
 
 
 def frechet_distance(features: ArrayLike, reference: ArrayLike) -> float:
@@ -99,15 +106,27 @@ def jackknife(
     groups: (N,), from 0, none empty. reference_groups: (M,), where the reference has pictures of the same
     prompts: a group leaves both sets. None, or a Gaussian as reference: it stays whole and counts as known.
     """
-    whole, count = _Moments.of(features), int(groups.max()) + 1
-    known = reference if isinstance(reference, Gaussian) else Gaussian.fit(reference)
-    paired = None if isinstance(reference, Gaussian) or reference_groups is None else _Moments.of(reference)
+    count = int(groups.max()) + 1
+    rest = _leave_out(features, groups)
+    if isinstance(reference, Gaussian) or reference_groups is None:
+        known = reference if isinstance(reference, Gaussian) else Gaussian.fit(reference)
+        whole, without = distance(rest(None), known), (distance(rest(group), known) for group in range(count))
+    else:
+        others = _leave_out(reference, reference_groups)
+        whole = distance(rest(None), others(None))
+        without = (distance(rest(group), others(group)) for group in range(count))
+    return stats.Jackknife(whole, tuple(without) if count > 1 else ())
 
-    def without(group: int) -> float:
-        rest = Gaussian.of(whole.without(_Moments.of(features[groups == group], whole.origin)))
-        if paired is None:
-            return distance(rest, known)
-        left_out = _Moments.of(reference[reference_groups == group], paired.origin)  # type: ignore[index]
-        return distance(rest, Gaussian.of(paired.without(left_out)))
 
-    return stats.Jackknife(distance(Gaussian.of(whole), known), tuple(map(without, range(count))) if count > 1 else ())
+def _leave_out(features: NDArray[np.generic], groups: NDArray[np.int64]) -> Callable[[int | None], Gaussian]:
+    """The Gaussian of a set without one group, or (None) of all of it; sums are taken once where N >= d."""
+    if len(features) < features.shape[1]:
+        return lambda group: Gaussian.fit(features if group is None else features[groups != group])
+    whole = _Moments.of(features)
+
+    def rest(group: int | None) -> Gaussian:
+        if group is None:
+            return Gaussian.of(whole)
+        return Gaussian.of(whole.without(_Moments.of(features[groups == group], whole.origin)))
+
+    return rest

@@ -1,9 +1,11 @@
 """Stand-ins for a feature network and for models, small enough to know what they must score."""
 
 import dataclasses
+import json
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -153,3 +155,55 @@ def models(
     monkeypatch.setattr(pipeline, "load_feature_network", lambda name: network)
     monkeypatch.setattr(images, "artifact_sha256", lambda name: f"hash of {name}")
     return painter, noise_maker
+
+
+# --- true architectures with random weights -----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A checkpoint that torch-fidelity's own class loads; He-normal, as default weights let every feature vanish."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    class Random(theirs.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, *arguments: object, **options: object) -> None: ...
+
+    with mock.patch.object(theirs, "load_state_dict_from_url", return_value={}):
+        network = Random("inception", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()
+            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
+    path: pathlib.Path = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def alexnet_weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    import torchvision
+
+    torch.manual_seed(0)
+    path: pathlib.Path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Weights of a small open_clip model, registered as `tiny-clip`."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    torch.manual_seed(0)
+    path: pathlib.Path = folder / "weights.pt"
+    torch.save(open_clip.create_model("tiny-clip").state_dict(), path)
+    return path

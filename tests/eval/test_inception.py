@@ -1,7 +1,6 @@
 """Inception of the true architecture with random weights: its preprocessings, its name, the whole path of a FID."""
 
 import pathlib
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,26 +16,6 @@ from eval.metrics import frechet
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A checkpoint that torch-fidelity's own class loads; He-normal, as default weights let every feature vanish."""
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    class Random(theirs.FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *arguments: object, **options: object) -> None: ...
-
-    with mock.patch.object(theirs, "load_state_dict_from_url", return_value={}):
-        network = Random("inception", ["2048"])
-    generator = torch.Generator().manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5
-    path: pathlib.Path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def images_uint8() -> np.ndarray:
     noise = torch.rand(4, 3, 12, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
     return sampling.to_uint8(functional.interpolate(noise, (120, 160), mode="bicubic"))
@@ -48,51 +27,53 @@ def _vectors(network: features.FeatureNetwork, images_uint8: np.ndarray) -> Tens
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tf1_is_torch_fidelity_s_own(weights: pathlib.Path, images_uint8: np.ndarray) -> None:
+def test_tf1_is_torch_fidelity_s_own(inception_weights: pathlib.Path, images_uint8: np.ndarray) -> None:
     from torch_fidelity import feature_extractor_inceptionv3
 
     theirs = feature_extractor_inceptionv3.FeatureExtractorInceptionV3(
-        "inception", ["2048"], feature_extractor_weights_path=str(weights)
+        "inception", ["2048"], feature_extractor_weights_path=str(inception_weights)
     )
     expected = theirs(torch.from_numpy(images_uint8).permute(0, 3, 1, 2))[0]
-    found = _vectors(inception.InceptionFeatures(weights, "tf1"), images_uint8)
+    found = _vectors(inception.InceptionFeatures(inception_weights, "tf1"), images_uint8)
     assert found.shape == (4, 2048)
     assert found.std() > 1e-2
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-def test_clean_is_clean_fid_s_resizer(images_uint8: np.ndarray, weights: pathlib.Path) -> None:
+def test_clean_is_clean_fid_s_resizer(images_uint8: np.ndarray, inception_weights: pathlib.Path) -> None:
     resize = pytest.importorskip("cleanfid.resize", reason="clean-fid is not a dependency; install it to compare")
-    network = inception.InceptionFeatures(weights, "clean")
+    network = inception.InceptionFeatures(inception_weights, "clean")
     theirs = np.stack([resize.make_resizer("PIL", False, "bicubic", (299, 299))(image) for image in images_uint8])
     levels = torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float()
     ours = (network._clean(levels) * 128 + 128).permute(0, 2, 3, 1).numpy()
     assert np.abs(ours - theirs).max() < 1e-3
 
 
-def test_clean_is_pillow_s_bicubic_within_a_level_on_edges(weights: pathlib.Path) -> None:
+def test_clean_is_pillow_s_bicubic_within_a_level_on_edges(inception_weights: pathlib.Path) -> None:
     import PIL.Image
 
     fields = np.kron(np.indices((16, 16)).sum(0) % 2, np.ones((32, 32)))[..., None].repeat(3, -1)
     board = (64 + 128 * fields).astype(np.uint8)  # away from 0 and 255, where 8 bits cut off the overshoot
     levels = torch.from_numpy(board[None]).permute(0, 3, 1, 2).float()
-    ours = (inception.InceptionFeatures(weights, "clean")._clean(levels) * 128 + 128)[0].permute(1, 2, 0).numpy()
+    ours = (
+        (inception.InceptionFeatures(inception_weights, "clean")._clean(levels) * 128 + 128)[0].permute(1, 2, 0).numpy()
+    )
     theirs = np.asarray(PIL.Image.fromarray(board).resize((299, 299), PIL.Image.Resampling.BICUBIC), np.float32)
     assert np.abs(ours - theirs).max() <= 1
 
 
 def test_pytorch_fid_resizes_without_antialias_to_minus_one_and_one(
-    weights: pathlib.Path, images_uint8: np.ndarray
+    inception_weights: pathlib.Path, images_uint8: np.ndarray
 ) -> None:
-    network = inception.InceptionFeatures(weights, "pytorch-fid")
+    network = inception.InceptionFeatures(inception_weights, "pytorch-fid")
     unit = torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float() / 255
     expected = 2 * functional.interpolate(unit, (299, 299), mode="bilinear", align_corners=False) - 1
     assert torch.allclose(network._pytorch_fid(unit * 255), expected, atol=1e-5)
 
 
-def test_preprocessings_are_different_metrics(weights: pathlib.Path, images_uint8: np.ndarray) -> None:
+def test_preprocessings_are_different_metrics(inception_weights: pathlib.Path, images_uint8: np.ndarray) -> None:
     """The resizer alone moves features by far more than rounding: it belongs into the fingerprint."""
-    networks = {name: inception.InceptionFeatures(weights, name) for name in ("tf1", "pytorch-fid", "clean")}
+    networks = {name: inception.InceptionFeatures(inception_weights, name) for name in ("tf1", "pytorch-fid", "clean")}
     vectors = {name: _vectors(network, images_uint8) for name, network in networks.items()}
     scale = vectors["tf1"].std()
     for name in ("pytorch-fid", "clean"):
@@ -102,16 +83,16 @@ def test_preprocessings_are_different_metrics(weights: pathlib.Path, images_uint
     ]  # fmt: skip
 
 
-def test_only_the_original_weights_make_a_fid(weights: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = inception.InceptionFeatures(weights)
+def test_only_the_original_weights_make_a_fid(inception_weights: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = inception.InceptionFeatures(inception_weights)
     assert inception.frechet_name(network) == f"FD[{network.name}]"
     assert network.name.startswith("inception-")
     digest = network.name.removeprefix("inception-")
     monkeypatch.setattr(inception, "WEIGHTS_SHA256_PREFIX", digest)
-    assert inception.frechet_name(inception.InceptionFeatures(weights)) == "FID"
+    assert inception.frechet_name(inception.InceptionFeatures(inception_weights)) == "FID"
 
 
-def test_what_is_no_inception_is_refused(tmp_path: pathlib.Path, weights: pathlib.Path) -> None:
+def test_what_is_no_inception_is_refused(tmp_path: pathlib.Path, inception_weights: pathlib.Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"broken")
     for name, words in (
@@ -122,7 +103,7 @@ def test_what_is_no_inception_is_refused(tmp_path: pathlib.Path, weights: pathli
         with pytest.raises(errors.ModelError, match=rf"{name}\.pth {words}"):
             inception.InceptionFeatures(tmp_path / f"{name}.pth")
     with pytest.raises(errors.ConfigError, match="one of tf1, pytorch-fid, clean"):
-        inception.InceptionFeatures(weights, "bilinear")
+        inception.InceptionFeatures(inception_weights, "bilinear")
 
 
 class RandomExtractor(nn.Module):

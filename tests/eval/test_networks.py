@@ -1,6 +1,5 @@
 """Networks by specification, and that they compute what their own libraries compute."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -16,27 +15,17 @@ from eval import networks, sampling
 from eval.metrics import clip_score, perceptual
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    import torchvision
-
-    torch.manual_seed(0)
-    path: pathlib.Path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), path)
-    return path
-
-
 def _images(seed: int) -> Tensor:
     return torch.rand(3, 3, 96, 96, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lpips_is_the_package_s_to_the_bit(backbone: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lpips_is_the_package_s_to_the_bit(alexnet_weights: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lpips
     import torchvision
 
-    ours = perceptual.from_lpips(networks.load_lpips(backbone))
-    real, saved = torchvision.models.alexnet, torch.load(backbone, weights_only=True)
+    ours = perceptual.from_lpips(networks.load_lpips(alexnet_weights))
+    real, saved = torchvision.models.alexnet, torch.load(alexnet_weights, weights_only=True)
 
     def pretrained(**options: object) -> torch.nn.Module:
         module: torch.nn.Module = real(weights=None)
@@ -60,25 +49,6 @@ def test_an_alexnet_that_is_none_is_refused(tmp_path: pathlib.Path) -> None:
     for name, words in (("other.pth", "does not hold AlexNet"), ("missing.pth", "cannot be read as tensors")):
         with pytest.raises(errors.ModelError, match=words):
             networks.load_lpips(tmp_path / name)
-
-
-@pytest.fixture(scope="module")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Weights of a small open_clip model, registered as `tiny-clip`."""
-    import open_clip
-
-    folder = tmp_path_factory.mktemp("clip")
-    config = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 4, "width": 64, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
-    }
-    (folder / "tiny-clip.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / "tiny-clip.json")
-    torch.manual_seed(0)
-    path: pathlib.Path = folder / "weights.pt"
-    torch.save(open_clip.create_model("tiny-clip").state_dict(), path)
-    return path
 
 
 PROMPTS = ["a red circle", "a dog on a bicycle, " + "very " * 90 + "old", ""]
@@ -121,10 +91,10 @@ def test_resizers_are_told_apart(tiny_clip: pathlib.Path) -> None:
 
 
 def test_networks_of_a_real_protocol(
-    tiny_clip: pathlib.Path, backbone: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    tiny_clip: pathlib.Path, alexnet_weights: pathlib.Path, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "clip.pt").symlink_to(tiny_clip)
-    (tmp_path / "alexnet.pth").symlink_to(backbone)
+    (tmp_path / "alexnet.pth").symlink_to(alexnet_weights)
     specification = {
         "features": "open_clip:tiny-clip:clip.pt",
         "clip": "open_clip:tiny-clip:clip.pt",

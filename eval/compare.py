@@ -1,0 +1,88 @@
+"""Compare two reports: `python -m eval.compare OLD/report.json NEW/report.json`.
+
+Numbers are set side by side only where they were measured alike: the same network and weights, resizer, prompts,
+sample count, resolution, libraries. Otherwise the field that differs is named. Exit code: 0, or 3 where nothing can be
+compared.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from diffusion_kd import errors
+from eval import fingerprint, report
+
+EXIT_ERROR = 3
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """A report, or the one in a folder. Raises DataError for anything else."""
+    file = path / report.REPORT_NAME if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.DataError(f"{file} is not a report: {errors.first_line(error)}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != report.SCHEMA_VERSION:
+        raise errors.DataError(f"{file} has schema version {version}; this release reads {report.SCHEMA_VERSION}")
+    return content  # type: ignore[no-any-return]
+
+
+def lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Model, steps, metric, old value, new value, difference; of every value that both reports hold.
+
+    Raises ComparisonError if none of them was measured alike; single ones that were not are told at the end.
+    """
+    refused: list[str] = []
+    alike = 0
+    theirs = {(row["model"], row["steps"], row["guidance_scale"]): row["values"] for row in old["rows"]}
+    for row in new["rows"]:
+        before = theirs.get((row["model"], row["steps"], row["guidance_scale"]), {})
+        for key in (key for key in row["values"] if key in before):
+            first, second = before[key], row["values"][key]
+            try:
+                fingerprint.require_equal(
+                    old["fingerprints"][first["fingerprint"]], new["fingerprints"][second["fingerprint"]]
+                )
+            except errors.ComparisonError as error:
+                refused.append(str(error))
+                continue
+            alike += 1
+            gap = second["value"] - first["value"]
+            name = second["name"] + (" to the teacher" if key.endswith("_to_teacher") else "")
+            yield (
+                row["model"],
+                str(row["steps"]),
+                name,
+                f"{first['value']:.4g}",
+                f"{second['value']:.4g}",
+                f"{gap:+.3g}",
+            )
+    if not alike:
+        raise errors.ComparisonError(refused[0] if refused else "the reports have no value in common")
+    for sentence in dict.fromkeys(refused):
+        yield ("", "", f"left out: {sentence}", "", "", "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
+    parser.add_argument("old", type=pathlib.Path, help="a report.json or its folder")
+    parser.add_argument("new", type=pathlib.Path)
+    given = parser.parse_args(arguments)
+    try:
+        found = list(lines(load(given.old), load(given.new)))
+    except errors.DiffusionKDError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+    for model, steps, name, *numbers in [("model", "steps", "metric", "old", "new", "difference"), *found]:
+        sys.stdout.write(
+            f"{model:18}{steps:>5}  {name:44}{''.join(f'{number:>12}' for number in numbers)}".rstrip() + "\n"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
