@@ -9,6 +9,7 @@ show that a floor is missed. Which error each rule guards against:
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -60,6 +61,8 @@ class Check:
     def sentence(self) -> str:
         """What was found, in words."""
         kept, floor = self.retention.value, self.retention.floor
+        if math.isnan(kept):
+            return f"{self.metric} of {self.slice}: the teacher's is not above zero, so there is no retention"
         low, high = ("?" if end is None else f"{end:.3f}" for end in self.retention.interval)
         found = f"{self.metric} of {self.slice}: retention {kept:.3f} [{low}, {high}], floor {floor:g}"
         if self.outcome is stats.Outcome.FAIL:

@@ -118,9 +118,9 @@ def _summary(row: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any
         "outcome": row["verdict"]["outcome"],
         "because": row["verdict"]["because"],
         "metric": metric.replace("_", " "),
-        "kept": kept["retention"],
-        "band": kept["band"],
-        "edge": edge and edge["retention"],
+        "kept": kept.get("retention"),
+        "band": kept.get("band"),
+        "edge": edge.get("retention") if edge else None,
         "faster": faster,
         "cheaper": cheaper,
     }

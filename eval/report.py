@@ -255,7 +255,7 @@ def _check(check: gate.Check) -> dict[str, Any]:
         "floor": check.retention.floor,
         "samples": check.retention.samples,
         "needs": check.needs,
-        "band": gate.band(check.retention.value),
+        "band": gate.band(check.retention.value) if math.isfinite(check.retention.value) else None,
         "outcome": str(check.outcome),
         "sentence": check.sentence(),
     }
@@ -280,7 +280,7 @@ def _slices(examination: examine.Examination, result: examine.Result) -> dict[st
             entry: dict[str, Any] = {"value": mean, "interval": interval, "prompts": len(members), "edge_case": edge}
             if result is not teacher and metric in gate.PROMPT_METRICS:
                 kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)
-                if kept is not None:
+                if kept is not None and math.isfinite(kept.value):
                     entry |= {
                         "retention": kept.value,
                         "retention_interval": kept.interval,

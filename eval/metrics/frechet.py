@@ -26,8 +26,9 @@ class Gaussian:
         values = np.asarray(features)
         if values.ndim == 2 and 2 <= len(values) < values.shape[1]:
             moments = _Moments.of(values)  # for its checks; where N < d the vectors themselves are the smaller factor
-            centred: Matrix = (np.asarray(values, np.float64) - moments.origin) / np.sqrt(len(values) - 1)
-            return cls(moments.origin, centred)
+            factor: Matrix = np.asarray(values, np.float64) - moments.origin
+            factor /= np.sqrt(len(values) - 1)
+            return cls(moments.origin, factor)
         return cls.of(_Moments.of(values))
 
     @classmethod
@@ -42,7 +43,8 @@ class Gaussian:
     def from_covariance(cls, mean: Matrix, covariance: Matrix) -> Self:
         """By Cholesky; a covariance that is not positive definite has a symmetric root, rounding below 0 cut off."""
         try:
-            return cls(mean, np.linalg.cholesky(covariance).T)
+            factor: Matrix = np.linalg.cholesky(covariance).T.astype(np.float64, copy=False)
+            return cls(mean, factor)
         except np.linalg.LinAlgError:
             values, vectors = np.linalg.eigh(covariance)
             return cls(mean, np.sqrt(values.clip(min=0))[:, None] * vectors.T)

@@ -89,14 +89,14 @@ def test_twenty_slices_of_an_equal_student_do_not_fail_by_chance() -> None:
         "x", tuple(suites.Prompt(f"{k}-{n}", f"k{k}", False, f"{k} {n}") for k in range(20) for n in range(30))
     )
     floor, failed, unadjusted = _floor(("prompt_accuracy", "category", 1.0)), 0, 0
-    for seed in range(30):
+    for seed in range(15):
         rng = np.random.default_rng(seed)
         student, teacher = (_evidence((rng.random(600) < 0.7).astype(float)) for _ in range(2))
         verdict = gate.judge(floor, student, teacher, suite)
         failed += verdict.outcome is FAIL
         unadjusted += any(check.retention.p_above < 0.05 for check in verdict.checks)
-    assert failed <= 3
-    assert unadjusted > 10
+    assert failed <= 2
+    assert unadjusted > 5
 
 
 def _distance(mean: float, spread: float = 0.002) -> stats.Jackknife:
