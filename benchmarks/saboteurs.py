@@ -24,7 +24,7 @@ Picture = NDArray[np.uint8]
 BLUR_PX = 1.5
 CAUGHT_BY = {
     "swapped": "prompt_accuracy",
-    "blurred": "patch_fd",
+    "blurred": "patch_kid",
     "constant": "fd",
     "collapsed": "diversity",
     "noise": "fd",

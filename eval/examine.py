@@ -25,6 +25,7 @@ MOST_LOST = 0.05
 
 STRIP_PROMPTS, STRIP_SEEDS = 3, 6
 _LEAST_PICTURES = 4
+_INCOMPLETE = "{} of {} prompts were lost: the run is not complete"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class Result:
 
     measured: measure.Measured
     evidence: gate.Evidence
-    to_teacher: dict[str, Any]
+    to_teacher: dict[str, stats.Jackknife]
     precision_recall: dict[str, float]
     speed: speed.Speed
     verdict: gate.Verdict | None
@@ -84,7 +85,7 @@ class Examination:
     plan: Plan
     results: tuple[Result, ...]
     reference_name: str
-    attainable: dict[str, Any] | None
+    attainable: dict[str, stats.Jackknife] | None
     instruments: networks.Networks
     lost: dict[str, str]
     overlong: int
@@ -184,6 +185,14 @@ def _strip_items(plan: Plan) -> list[images.Item]:
     ]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """True pictures and their features."""
+
+    pictures: reference.Pictures
+    sets: measure.Sets
+
+
 class _Judges:
     """The networks and the truth, and what is measured with them."""
 
@@ -192,44 +201,52 @@ class _Judges:
         wanted = {"features": protocol.features, "clip": protocol.clip, "distance": protocol.distance}
         self._instruments = networks.load(wanted, plan.data, device)
         self._ruler = measure.Ruler(protocol, plan.suite, self._instruments, workspace, batch_size=plan.batch_size)
-        self._truth = reference.open_reference(protocol, plan.suite, plan.data, plan.seed)
-        self._known = self._truth if isinstance(self._truth, frechet.Gaussian) else None
-        self._true_sets, self._other_sets = None, None
-        if isinstance(self._truth, reference.Pictures):
-            self._true_sets = self._ruler.reference_sets(self._truth)
-            if protocol.reference == "renders":
-                others = reference.open_reference(protocol, plan.suite, plan.data, plan.seed + 1)
-                assert isinstance(others, reference.Pictures), "renders are pictures"
-                self._other_sets = self._ruler.reference_sets(others)
+        opened = reference.open_reference(protocol, plan.suite, plan.data, plan.seed)
+        self._moments = opened if isinstance(opened, frechet.Gaussian) else None
+        self._truth = self._look(opened) if isinstance(opened, reference.Pictures) else None
+        rendered = self._truth is not None and protocol.reference == "renders"
+        others = reference.renders(plan.suite, protocol.images_per_prompt, plan.seed + 1) if rendered else None
+        self._others = None if others is None else self._look(others)
+
+    def _look(self, pictures: reference.Pictures) -> _Seen:
+        return _Seen(pictures, self._ruler.reference_sets(pictures))
+
+    def _kept(self, seen: _Seen) -> measure.Sets:
+        groups = seen.pictures.groups
+        return seen.sets if groups is None else self._ruler.kept(seen.sets, groups)
 
     def judge(self, galleries: Sequence[images.Gallery], strips: Sequence[images.Gallery]) -> Examination:
         lost = self._exclude(galleries)
         plan, ruler, clip = self._plan, self._ruler, self._instruments.clip
         texts = [plan.protocol.clip_prefix + prompt.text for prompt in plan.suite.prompts]
         text_vectors = networks.text_vectors(clip, texts, plan.batch_size)
-        teacher, *_ = galleries
-        found = [ruler.measure(gallery, teacher, text_vectors) for gallery in galleries]
-        truth: measure.Sets | frechet.Gaussian | None = self._known
-        if self._true_sets is not None and isinstance(self._truth, reference.Pictures):
-            truth = self._kept(self._true_sets, self._truth)
+        found = [ruler.measure(gallery, galleries[0], text_vectors) for gallery in galleries]
+        truth = self._moments if self._truth is None else self._kept(self._truth)
         speeds = _time([gallery.entrant for gallery in galleries], plan)
-        remarks = (
-            [f"{len(lost)} of {len(plan.suite.prompts)} prompts were lost: the run is not complete"] if lost else []
-        )
+        remarks = [_INCOMPLETE.format(len(lost), len(plan.suite.prompts))] if lost else []
         results: list[Result] = []
         for measured, timed, gallery, strip in zip(found, speeds, galleries, strips, strict=True):
             first = results[0] if results else None
             results.append(self._result(measured, timed, truth, first, remarks, gallery, strip))
-        attainable = None
-        if (
-            self._other_sets is not None
-            and isinstance(truth, measure.Sets)
-            and isinstance(self._truth, reference.Pictures)
-        ):
-            attainable = measure.distances(self._kept(self._other_sets, self._truth), truth)
-        name = "stored moments" if self._known is not None else self._truth.name if self._truth is not None else "none"  # type: ignore[union-attr]
-        overlong = sum(clip.overlong(texts))
-        return Examination(plan, tuple(results), name, attainable, self._instruments, lost, overlong)
+        return Examination(
+            plan=plan,
+            results=tuple(results),
+            reference_name=self._reference_name(),
+            attainable=self._attainable(truth),
+            instruments=self._instruments,
+            lost=lost,
+            overlong=sum(clip.overlong(texts)),
+        )
+
+    def _reference_name(self) -> str:
+        if self._truth is not None:
+            return self._truth.pictures.name
+        return "none" if self._moments is None else "stored moments"
+
+    def _attainable(self, truth: measure.Sets | frechet.Gaussian | None) -> dict[str, stats.Jackknife] | None:
+        if self._others is None or not isinstance(truth, measure.Sets):
+            return None
+        return measure.distances(self._kept(self._others), truth)
 
     def _result(
         self,
@@ -249,9 +266,6 @@ class _Judges:
         to_teacher = measure.distances(measured.sets, teacher.measured.sets)
         verdict = gate.judge(self._plan.floor, evidence, teacher.evidence, self._plan.suite, remarks)
         return Result(measured, evidence, to_teacher, shares, timed, verdict, gallery, strip)
-
-    def _kept(self, sets: measure.Sets, truth: reference.Pictures) -> measure.Sets:
-        return sets if truth.groups is None else self._ruler.kept(sets, truth.groups)
 
     def _exclude(self, galleries: Sequence[images.Gallery]) -> dict[str, str]:
         """A prompt that one entrant could not draw counts for none. Raises ModelError where that is too many."""

@@ -22,7 +22,7 @@ from diffusion_kd import errors
 from eval import measure, stats, suites
 
 FLOORS = pathlib.Path(__file__).parent / "floors"
-SET_METRICS = (*measure.SET_DISTANCES, "patch_fd")
+SET_METRICS = (*measure.SET_DISTANCES, "patch_fd", "patch_kid")
 PROMPT_METRICS = ("prompt_accuracy", "clip_score", "diversity")
 METRICS = (*SET_METRICS, *PROMPT_METRICS, "latency")
 OVER = ("all", "category", "edge_cases", "edge_category")

@@ -25,6 +25,9 @@ Scores = dict[str, NDArray[np.float64]]
 SET_DISTANCES = {"fd": frechet, "kid": kid, "cmmd": cmmd, "mind": mind}
 """Distances of whole sets of pictures."""
 
+MOST_KERNEL_ROWS = 16_384
+"""Crops of a set that a kernel distance compares each with each."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sets:
@@ -248,9 +251,18 @@ def distances(sets: Sets, other: Sets | frechet.Gaussian) -> dict[str, stats.Jac
         )
         for name, metric in SET_DISTANCES.items()
     }
-    crops = len(sets.patch) // len(sets.whole)
-    other_crops = None if other_groups is None else other_groups.repeat(crops)
-    return found | {"patch_fd": frechet.jackknife(sets.patch, other.patch, groups.repeat(crops), other_crops)}
+    for name, metric, most in (("patch_fd", frechet, None), ("patch_kid", kid, MOST_KERNEL_ROWS)):
+        (patch, each), (other_patch, other_each) = _crops(sets, most), _crops(other, most)
+        labels = None if other_groups is None else other_groups.repeat(other_each)
+        found[name] = metric.jackknife(patch, other_patch, groups.repeat(each), labels)
+    return found
+
+
+def _crops(sets: Sets, most: int | None) -> tuple[NDArray[np.float32], int]:
+    """Features of crops, and how many of each picture: all, or the first few where all would be more than `most`."""
+    pictures, crops = len(sets.whole), len(sets.patch) // len(sets.whole)
+    each = crops if most is None else min(crops, max(1, most // pictures))
+    return sets.patch.reshape(pictures, crops, -1)[:, :each].reshape(pictures * each, -1), each
 
 
 def compact(groups: NDArray[np.int64]) -> NDArray[np.int64]:

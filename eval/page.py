@@ -28,8 +28,8 @@ _NAMES = {
     examine.BESIDE: "other student",
 }
 _COLUMNS = (
-    "prompt_accuracy", "clip_score", "fd", "patch_fd", "kid", "cmmd", "mind", "precision", "recall", "diversity",
-    "fd_to_teacher", "lpips_to_teacher",
+    "prompt_accuracy", "clip_score", "fd", "patch_fd", "patch_kid", "kid", "cmmd", "mind", "precision", "recall",
+    "diversity", "fd_to_teacher", "lpips_to_teacher",
 )  # fmt: skip
 _MORE_IS_BETTER = {"prompt_accuracy", "clip_score", "precision", "recall", "diversity"}
 

@@ -35,6 +35,7 @@ class Protocol:
         folder, or None. paired: picture i of the folder is of prompt i.
     features, clip, distance: networks for set distances, CLIP score and CMMD, and LPIPS; see `eval.networks`.
     clip_scale, clip_prefix: what the source multiplies the cosine with and puts before each prompt.
+    references_per_prompt: how many renders; more of them make distances less noisy and cost little.
     crop_px, crops_per_image: of patch distances. oracle: whether the shapes oracle judges.
     floor: name of a file in `eval/floors`.
     windows: metric -> (least, most) that the teacher must reach for the protocol to count as met.
@@ -51,6 +52,7 @@ class Protocol:
     latents: str | None = None
     reference: str | None
     paired: bool = False
+    references_per_prompt: int = 1
     features: str
     clip: str
     distance: str
@@ -160,6 +162,7 @@ PROTOCOLS = {
             guidance_scale=2.0,
             reference="renders",
             paired=True,
+            references_per_prompt=4,
             features="shapes-encoder",
             clip="shapes-encoder",
             distance="shapes-encoder",

@@ -46,30 +46,31 @@ def open_reference(
 ) -> Pictures | frechet.Gaussian | None:
     """The protocol's truth for a suite's standard prompts; None where there is none.
 
-    Raises DataError for a folder without pictures, or with fewer than its prompts; for statistics of another form.
+    seed: of renders. Raises DataError for a folder without pictures, or with fewer than its prompts, and for
+    statistics of another form.
     """
     if protocol.reference is None:
         return None
     if protocol.reference == "renders":
-        return _renders(suite, protocol.images_per_prompt, seed)
+        return renders(suite, protocol.references_per_prompt, seed)
     path = data / protocol.reference
     if path.suffix == ".npz":
         return load_moments(path)
     return _folder(path, suite if protocol.paired else None)
 
 
-def _renders(suite: suites.Suite, images_per_prompt: int, seed: int) -> Pictures | None:
-    """One true picture for each generated one, of other draws of what the prompt leaves open."""
+def renders(suite: suites.Suite, each: int, seed: int) -> Pictures | None:
+    """`each` true pictures of every standard prompt, what it leaves open being drawn; None if one asks for nothing."""
     standard = [(index, prompt) for index, prompt in enumerate(suite.prompts) if not prompt.edge_case]
     if any(prompt.asks is None for _, prompt in standard):
         return None
     sources = [
         (prompt.asks, images.item_seed(prompt.id, number, seed) + 2**32)
         for _, prompt in standard
-        for number in range(images_per_prompt)
+        for number in range(each)
         if prompt.asks is not None
     ]
-    groups = np.repeat([index for index, _ in standard], images_per_prompt)
+    groups = np.repeat([index for index, _ in standard], each)
     return Pictures(f"renders of {len(sources)} scenes, seed {seed}", len(sources), groups, sources)
 
 

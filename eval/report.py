@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval import examine, fingerprint, gate, inception, stats
+from eval import examine, fingerprint, gate, inception, measure, stats
 from eval.fingerprint import Fingerprint, Value
 from eval.metrics import cmmd, mind, precision_recall
 
@@ -121,6 +121,7 @@ def _described(key: str, examination: examine.Examination) -> tuple[str, str, di
     names: dict[str, tuple[str, str, dict[str, Any]]] = {
         "fd": (inception.frechet_name(parts.features), features, {}),
         "patch_fd": (f"patch {inception.frechet_name(parts.features)}", features, crops),
+        "patch_kid": (f"patch KID[{features}]", features, crops | {"most_crops": measure.MOST_KERNEL_ROWS}),
         "kid": (f"KID[{features}]", features, {"subsets": "none: all pictures"}),
         "mind": (f"MIND[{features}]", features, {"projections": mind.PROJECTIONS, "seed": mind.SEED}),
         "cmmd": (f"CMMD[{clip}]", clip, {"sigma": cmmd.SIGMA, "scale": cmmd.SCALE}),
@@ -302,7 +303,8 @@ def _plain(content: Any) -> Any:
 # --- for the terminal -------------------------------------------------------------------------------
 
 _COLUMNS = (
-    ("accuracy", "prompt_accuracy", 3), ("FD", "fd", 2), ("patch FD", "patch_fd", 2), ("KID", "kid", 3),
+    ("accuracy", "prompt_accuracy", 3), ("FD", "fd", 2), ("patch FD", "patch_fd", 2), ("patch KID", "patch_kid", 3),
+    ("KID", "kid", 3),
     ("CMMD", "cmmd", 3), ("MIND", "mind", 2), ("recall", "recall", 3), ("CLIP", "clip_score", 3),
     ("diversity", "diversity", 3), ("FD teacher", "fd_to_teacher", 2), ("LPIPS teacher", "lpips_to_teacher", 3),
 )  # fmt: skip

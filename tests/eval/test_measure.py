@@ -141,8 +141,8 @@ def test_an_excluded_prompt_counts_nowhere(
     assert np.isfinite(found.scores["prompt_accuracy"]).sum() == 30
     assert truth.groups is not None
     kept = ruler.kept(sets, truth.groups)
-    assert len(found.sets.whole) == len(kept.whole) == 46
-    assert np.array_equal(kept.whole, np.delete(sets.whole, [6, 7], axis=0))
+    assert (len(found.sets.whole), len(kept.whole), len(kept.patch)) == (46, 92, 92 * 8)
+    assert np.array_equal(kept.whole, np.delete(sets.whole, range(12, 16), axis=0))
 
 
 def test_distances_are_those_of_the_features(
@@ -158,8 +158,8 @@ def test_distances_are_those_of_the_features(
     sets = ruler.reference_sets(truth)
     good, bad = (_gallery(tmp_path, make_entrant(each), suite) for each in (painter, noise_maker))
     near, far = (measure.distances(ruler.measure(each, good, text_vectors).sets, sets) for each in (good, bad))
-    assert set(near) == {"fd", "kid", "cmmd", "mind", "patch_fd"}
-    assert all(far[name].whole > near[name].whole for name in near if name != "patch_fd")
+    assert set(near) == {"fd", "kid", "cmmd", "mind", "patch_fd", "patch_kid"}
+    assert all(far[name].whole > near[name].whole for name in near if not name.startswith("patch"))
     assert all(len(each.without) == 20 for each in near.values())
     mine = ruler.measure(good, good, text_vectors).sets
     assert near["fd"].whole == pytest.approx(frechet.frechet_distance(mine.whole, sets.whole), rel=1e-6)

@@ -28,13 +28,13 @@ def test_renders_show_what_is_asked_and_differ_with_seed_and_number(
 ) -> None:
     opened = [reference.open_reference(protocol, suite, tmp_path, seed) for seed in (0, 1)]
     first, second = (np.concatenate([*each.batches(10)]) for each in opened if isinstance(each, reference.Pictures))
-    assert first.shape == (48, 64, 64, 3)
+    assert first.shape == (96, 64, 64, 3)
     for number, picture in enumerate(first):
-        asks = suite.prompts[number // 2].asks
+        asks = suite.prompts[number // 4].asks
         assert asks is not None and oracle.judge(oracle.read(picture), asks).correct
-    assert len({picture.tobytes() for picture in (*first, *second)}) == 96
+    assert len({picture.tobytes() for picture in (*first, *second)}) == 192
     assert isinstance(opened[0], reference.Pictures) and opened[0].groups is not None
-    assert opened[0].groups.tolist() == [index for index in range(24) for _ in "ab"]
+    assert opened[0].groups.tolist() == [index for index in range(24) for _ in "abcd"]
 
 
 def test_a_suite_that_asks_for_nothing_known_has_no_renders(
