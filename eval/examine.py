@@ -32,6 +32,7 @@ _INCOMPLETE = "{} of {} prompts were lost: the run is not complete"
 class Plan:
     """What is examined, with everything checked that can be checked before a model is loaded.
 
+    as_written: whether prompts, teacher steps and guidance are the protocol's own.
     seed: of pictures and of the true renders. cache: where pictures are kept.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     teacher: str
     student: str
     beside: str | None
+    as_written: bool
     steps: tuple[int, ...]
     teacher_steps: int
     guidance_scale: float

@@ -54,6 +54,7 @@ def _protocol(examination: examine.Examination) -> dict[str, Any]:
     return {
         "id": plan.protocol.id,
         "about": plan.protocol.about,
+        "as_written": plan.as_written,
         "suite": plan.suite.name,
         "prompts": len(plan.suite.prompts) - edge,
         "edge_cases": edge,
@@ -228,7 +229,7 @@ def _row(
             "because": result.verdict.sentences(),
             "checks": [_check(check) for check in result.verdict.checks],
         }
-    if entrant.model == examine.TEACHER and plan.protocol.windows:
+    if entrant.model == examine.TEACHER and plan.protocol.windows and plan.as_written and not examination.lost:
         row["windows"] = {
             key: {"least": low, "most": high, "met": low <= found[key].value <= high}
             for key, (low, high) in plan.protocol.windows.items()

@@ -81,6 +81,9 @@ def plan(arguments: Sequence[str] | None = None) -> tuple[examine.Plan, pathlib.
         teacher=given.teacher,
         student=given.student,
         beside=given.beside,
+        as_written=all(
+            getattr(given, name) is None for name in ("suite", "prompts", "teacher_steps", "guidance_scale")
+        ),
         steps=_step_counts(given.steps),
         teacher_steps=given.teacher_steps or protocol.teacher_steps,
         guidance_scale=protocol.guidance_scale if given.guidance_scale is None else given.guidance_scale,

@@ -17,7 +17,7 @@ from torch.nn import functional
 from diffusion_kd import pipeline
 from diffusion_kd.networks import features
 from diffusion_kd.shapes import scenes
-from eval import examine, gate, images, measure, networks, protocols, sampling, suites
+from eval import images, measure, networks, protocols, sampling, suites
 from eval.metrics import perceptual
 
 
@@ -127,15 +127,6 @@ def make_entrant() -> Callable[..., images.Entrant]:
         return images.Entrant(model, f"{model} folder", sampler, sha256 or f"{model} {id(sampler)}", steps, 0.0)
 
     return make
-
-
-@pytest.fixture
-def plan(protocol: protocols.Protocol, suite: suites.Suite, tmp_path: pathlib.Path) -> examine.Plan:
-    return examine.Plan(
-        protocol=protocol, suite=suite, floor=gate.load(gate.FLOORS / "shapes.yaml"), teacher="shapes-teacher",
-        student="mine", beside=None, steps=(1,), teacher_steps=5, guidance_scale=2.0, baseline=False, seed=0,
-        batch_size=8, device="cpu", data=tmp_path / "data", cache=tmp_path / "cache", price_per_hour_usd=None,
-    )  # fmt: skip
 
 
 @pytest.fixture
