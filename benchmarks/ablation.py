@@ -85,8 +85,7 @@ def measure(student: pathlib.Path, arguments: list[str]) -> Measures:
     steps = ",".join(map(str, STEPS))
     report = evaluation.run(["--student", str(student), "--steps", steps, "--out", str(student.parent), *arguments])
     assert report is not None, "one process"
-    rows: Any = report["rows"]
-    return {str(row["steps"]): _measures(row) for row in rows if row["model"] == examine.STUDENT}
+    return {str(row["steps"]): _measures(row) for row in report["rows"] if row["model"] == examine.STUDENT}
 
 
 def _measures(row: dict[str, Any]) -> dict[str, float]:

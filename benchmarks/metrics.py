@@ -51,8 +51,7 @@ def measure_once(pictures: int, cache: pathlib.Path) -> None:
     suite, protocol = _suite(pictures // 2), protocols.named("shapes")
     plan, _ = run.plan(["--cache", str(cache)])
     gallery = _gallery(suite, cache)
-    wanted = {"features": protocol.features, "clip": protocol.clip, "distance": protocol.distance}
-    instruments = networks.load(wanted, plan.data, torch.device(plan.device))
+    instruments = networks.load(protocol, plan.data, torch.device(plan.device))
     spent: dict[str, float] = {}
 
     def timed(name: str, call: Callable[[], Any]) -> Any:
@@ -70,9 +69,9 @@ def measure_once(pictures: int, cache: pathlib.Path) -> None:
         teacher = images.Gallery(cache, other, gallery.items, 16)
         sets = timed("reference: render, features, crops", lambda: ruler.reference_sets(truth))
         found = timed("pictures: features, crops, CLIP, LPIPS, oracle", lambda: ruler.measure(gallery, teacher, text))
-        groups = found.sets.groups
+        groups = (found.sets.groups, sets.groups)
         for name, metric in measure.SET_DISTANCES.items():
-            timed(name, functools.partial(metric.jackknife, found.sets.whole, sets.whole, groups, groups))
+            timed(name, functools.partial(metric.jackknife, found.sets.whole, sets.whole, *groups))
         timed("all distances", lambda: measure.distances(found.sets, sets))
         timed("precision, recall", lambda: measure.precision_and_recall(found.sets, sets))
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

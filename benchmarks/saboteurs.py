@@ -94,6 +94,7 @@ def table(verdicts: dict[str, gate.Verdict]) -> str:
     ]
     for name, verdict in verdicts.items():
         deciding = [check for check in verdict.checks if check.outcome is verdict.outcome]
+        deciding.sort(key=lambda check: check.metric != CAUGHT_BY[name])
         shown = "" if verdict.outcome is stats.Outcome.PASS else ", ".join(map(_said, deciding[:4]))
         more = f" and {len(deciding) - 4} more" if shown and len(deciding) > 4 else ""
         lines.append(f"| {name} | {verdict.outcome} | {CAUGHT_BY[name] or '-'} | {shown}{more} |")

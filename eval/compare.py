@@ -5,7 +5,6 @@ sample count, resolution, libraries. Otherwise the field that differs is named. 
 compared.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -13,9 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusion_kd import errors
-from eval import fingerprint, report
-
-EXIT_ERROR = 3
+from eval import fingerprint, report, run
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str,
         for key in (key for key in row["values"] if key in before):
             first, second = before[key], row["values"][key]
             try:
-                fingerprint.require_equal(
+                fingerprint.require_same(
                     old["fingerprints"][first["fingerprint"]], new["fingerprints"][second["fingerprint"]]
                 )
             except errors.ComparisonError as error:
@@ -68,7 +65,7 @@ def lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
+    parser = run.Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old", type=pathlib.Path, help="a report.json or its folder")
     parser.add_argument("new", type=pathlib.Path)
     given = parser.parse_args(arguments)
@@ -76,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = list(lines(load(given.old), load(given.new)))
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_ERROR
+        return run.EXIT_ERROR
     for model, steps, name, *numbers in [("model", "steps", "metric", "old", "new", "difference"), *found]:
         sys.stdout.write(
             f"{model:18}{steps:>5}  {name:44}{''.join(f'{number:>12}' for number in numbers)}".rstrip() + "\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import pathlib
 import tempfile
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusion_kd import errors, pipeline
-from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, sampling, stats, suites
+from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, stats, suites
 from eval.metrics import frechet, speed
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ MOST_LOST = 0.05
 
 STRIP_PROMPTS, STRIP_SEEDS = 3, 6
 _LEAST_PICTURES = 4
+"""Below this a covariance of what is left without one group is not even defined."""
+
 _INCOMPLETE = "{} of {} prompts were lost: the run is not complete"
 
 
@@ -57,7 +60,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-    """One entrant's numbers. to_reference, to_teacher: set distances; verdict: None for the teacher.
+    """One entrant's numbers. to_teacher: set distances; verdict: None for the teacher.
 
     gallery, strip: its pictures; the strip shows some prompts with several seeds each.
     """
@@ -104,7 +107,7 @@ class Examination:
 
 def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
     """Load the models; the teacher first."""
-    options, settings = _start(plan)
+    options, settings = _fixed_latents(plan)
     teacher = pipeline.load_teacher(plan.teacher)
     teacher.to(device)
     sha256 = images.artifact_sha256(plan.teacher)
@@ -114,7 +117,7 @@ def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
         if plan.protocol.negative_prompt is not None:
             own["negative_prompt"] = plan.protocol.negative_prompt
         sampler = functools.partial(teacher, **options, **own)
-        return images.Entrant(model, plan.teacher, sampler, sha256, steps, scale, settings | own)
+        return images.Entrant(model, plan.teacher, sampler, sha256, steps, scale, settings | own, device.type)
 
     entrants = [of_teacher(TEACHER, plan.teacher_steps, plan.guidance_scale)]
     if plan.baseline:
@@ -127,12 +130,13 @@ def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
             sampler = functools.partial(student, **options)
             found = images.artifact_sha256(name)
             entrants += [
-                images.Entrant(model, name, sampler, found, steps, STUDENT_GUIDANCE, settings) for steps in plan.steps
+                images.Entrant(model, name, sampler, found, steps, STUDENT_GUIDANCE, settings, device.type)
+                for steps in plan.steps
             ]
     return entrants
 
 
-def _start(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+def _fixed_latents(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the samplers, and what of them goes into the key of the cache."""
     if plan.protocol.latents is None:
         return {}, {}
@@ -140,15 +144,13 @@ def _start(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     latents = checkpoints.load(path)
     if not isinstance(latents, torch.Tensor) or not latents.isfinite().all():
         raise errors.DataError(f"{path} must hold one tensor of finite noise")
-    return {"latents": latents}, {"latents": f"{plan.protocol.latents}, sum {latents.double().sum().item():.9g}"}
+    return {"latents": latents}, {"latents_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def rehearse(entrants: Sequence[images.Entrant], resolution_px: int, exact: bool) -> None:
     """Let each draw one picture, so that none fails after hours of the others' work. Raises ModelError for its size."""
     for entrant in entrants:
-        picture = entrant.sampler(["a rehearsal"], [0], steps=entrant.steps, guidance_scale=entrant.guidance_scale)
-        sampling.check_shape(picture, 1)
-        height, width = picture.shape[2:]
+        height, width = entrant.draw(["a rehearsal"], [0]).shape[2:]
         if (exact and (height, width) != (resolution_px, resolution_px)) or min(height, width) < resolution_px:
             raise errors.ModelError(
                 f"{entrant.source} makes pictures of {width}x{height} px; this protocol judges "
@@ -178,13 +180,14 @@ def examine(plan: Plan, entrants: Sequence[images.Entrant], workers: processes.P
 
 
 def _strip_items(plan: Plan) -> list[images.Item]:
-    standard = [prompt for prompt in plan.suite.prompts if not prompt.edge_case]
-    chosen = standard[:: max(len(standard) // STRIP_PROMPTS, 1)][:STRIP_PROMPTS]
-    return [
-        images.Item(prompt, images.item_seed(prompt.id, number, plan.seed))
-        for prompt in chosen
-        for number in range(STRIP_SEEDS)
-    ]
+    chosen = [plan.suite.prompts[place] for place in spread(plan.suite.standard.tolist(), STRIP_PROMPTS)]
+    return images.items(suites.Suite("strip", tuple(chosen)), STRIP_SEEDS, plan.seed)
+
+
+def spread(values: Sequence[int], count: int) -> list[int]:
+    """`count` of them, evenly spaced; all, where there are fewer."""
+    count = min(count, len(values))
+    return [values[number * len(values) // count] for number in range(count)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -200,8 +203,7 @@ class _Judges:
 
     def __init__(self, plan: Plan, device: torch.device, workspace: pathlib.Path) -> None:
         self._plan, protocol = plan, plan.protocol
-        wanted = {"features": protocol.features, "clip": protocol.clip, "distance": protocol.distance}
-        self._instruments = networks.load(wanted, plan.data, device)
+        self._instruments = networks.load(protocol, plan.data, device)
         self._ruler = measure.Ruler(protocol, plan.suite, self._instruments, workspace, batch_size=plan.batch_size)
         opened = reference.open_reference(protocol, plan.suite, plan.data, plan.seed)
         self._moments = opened if isinstance(opened, frechet.Gaussian) else None
@@ -281,7 +283,7 @@ class _Judges:
                     f"prompts, {prompt_id} among them: {why}; at most {MOST_LOST:.0%} may be lost"
                 )
             lost |= {prompt_id: f"{gallery.entrant.label}: {why}" for prompt_id, why in mine.items()}
-        standard = sum(not prompt.edge_case and prompt.id not in lost for prompt in suite.prompts)
+        standard = sum(suite.prompts[place].id not in lost for place in suite.standard)
         if standard * self._plan.protocol.images_per_prompt < _LEAST_PICTURES:
             raise errors.DataError(f"{standard} standard prompts are too few to measure anything on")
         self._ruler.excluded = frozenset(lost)
@@ -293,10 +295,7 @@ def _time(entrants: Sequence[images.Entrant], plan: Plan) -> list[speed.Speed]:
     prompts = [plan.suite.prompts[number % len(plan.suite.prompts)].text for number in range(plan.batch_size)]
 
     def call(entrant: images.Entrant) -> speed.Call:
-        def make(count: int) -> None:
-            entrant.sampler(prompts[:count], range(count), steps=entrant.steps, guidance_scale=entrant.guidance_scale)
-
-        return make
+        return lambda count: entrant.draw(prompts[:count], range(count))
 
     _log.info("timing %d models", len(entrants))
     calls = [call(entrant) for entrant in entrants]

@@ -68,19 +68,11 @@ class Value:
     corrected: float | None = None
 
 
-def difference(first: Value, second: Value) -> float:
-    """first - second. Raises ComparisonError naming every field in which they were measured differently."""
-    require_same(first.fingerprint, second.fingerprint)
-    return first.value - second.value
+def require_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Raise ComparisonError naming every field in which two numbers were measured differently.
 
-
-def require_same(first: Fingerprint, second: Fingerprint) -> None:
-    """Raise ComparisonError naming every field in which two numbers were measured differently."""
-    require_equal(dataclasses.asdict(first), dataclasses.asdict(second))
-
-
-def require_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """`require_same` for fingerprints as a report holds them."""
+    first, second: fingerprints as plain values, as a report holds them.
+    """
     ours, theirs = _flat(first), _flat(second)
     differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if differing:

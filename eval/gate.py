@@ -66,7 +66,7 @@ class Check:
         low, high = ("?" if end is None else f"{end:.3f}" for end in self.retention.interval)
         found = f"{self.metric} of {self.slice}: retention {kept:.3f} [{low}, {high}], floor {floor:g}"
         if self.outcome is stats.Outcome.FAIL:
-            return f"{found}: missed by {floor - kept:.3f}"
+            return f"{found}: missed by {floor - min(kept, floor):.3f}"
         if self.retention.samples < self.needs:
             return f"{found}: {self.retention.samples} samples cannot decide it, {self.needs} are needed"
         if self.outcome is stats.Outcome.INCONCLUSIVE:
@@ -84,8 +84,9 @@ class Verdict:
 
     def sentences(self) -> list[str]:
         """What decided."""
-        deciding = [check.sentence() for check in self.checks if check.outcome is self.outcome]
-        return [*self.remarks, *deciding] if self.outcome is not stats.Outcome.PASS else list(self.remarks)
+        if self.outcome is stats.Outcome.PASS:
+            return []
+        return [*self.remarks, *(check.sentence() for check in self.checks if check.outcome is self.outcome)]
 
 
 def load(path: pathlib.Path) -> FloorFile:
@@ -237,4 +238,4 @@ def slices(suite: suites.Suite, over: str) -> list[tuple[str, NDArray[np.int64]]
 
 def band(retention: float) -> str:
     """In words; above 1 is excellent too."""
-    return next(name for least, name in BANDS if retention >= least or name == "poor")
+    return next(name for least, name in BANDS if retention >= least)

@@ -19,6 +19,7 @@ import PIL.Image
 import torch
 import tqdm
 from numpy.typing import NDArray
+from torch import Tensor
 
 import diffusion_kd
 from diffusion_kd import artifact, errors
@@ -61,6 +62,7 @@ class Entrant:
 
     model: its name in the report. source: where it came from. artifact_sha256: of its files.
     guidance_scale: 1 turns a teacher's guidance off; a student takes 0. settings: what else moves its pictures.
+    device: the kind on which it computes.
     """
 
     model: str
@@ -70,6 +72,15 @@ class Entrant:
     steps: int
     guidance_scale: float
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(B, 3, H, W) in [-1, 1]. Raises ModelError for anything else."""
+        images = self.sampler(prompts, seeds, steps=self.steps, guidance_scale=self.guidance_scale)
+        if images.ndim != 4 or images.shape[:2] != (len(prompts), 3):
+            wanted, given = f"({len(prompts)}, 3, H, W)", tuple(images.shape)
+            raise errors.ModelError(f"a sampler must return {wanted} images; {self.source} returned {given}")
+        return images
 
     @property
     def label(self) -> str:
@@ -91,6 +102,7 @@ class Gallery:
             "guidance_scale": entrant.guidance_scale,
             "settings": entrant.settings,
             "batch_size": batch_size,
+            "device": entrant.device,
             "code": code_sha256(),
             "versions": fingerprint.versions(),
         }
@@ -132,14 +144,7 @@ class Gallery:
             return load_image(self._path(item))
 
     def _make(self, block: Sequence[Item]) -> None:
-        entrant = self.entrant
-        images = entrant.sampler(
-            [item.prompt.text for item in block],
-            [item.seed for item in block],
-            steps=entrant.steps,
-            guidance_scale=entrant.guidance_scale,
-        )
-        sampling.check_shape(images, len(block))
+        images = self.entrant.draw([item.prompt.text for item in block], [item.seed for item in block])
         finite = images.isfinite().flatten(1).all(1)
         for item, image, usable in zip(block, sampling.to_uint8(torch.nan_to_num(images)), finite, strict=True):
             if usable:
@@ -164,15 +169,15 @@ def load_image(path: pathlib.Path) -> NDArray[np.uint8]:
         raise errors.DataError(f"{path} is not a readable picture: {errors.first_line(error)}") from None
 
 
-def fit(images_uint8: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """Centre square, brought down by Lanczos to (B, size_px, size_px, 3); unchanged if that is its size."""
-    if images_uint8.shape[1:3] == (size_px, size_px):
-        return images_uint8
-    return np.stack([fit_one(image, size_px) for image in images_uint8])
+def fit(images_uint8: Sequence[NDArray[np.uint8]], size_px: int) -> NDArray[np.uint8]:
+    """Centre squares, brought to (B, size_px, size_px, 3) by Lanczos; unchanged where that is their size."""
+    return np.stack([_fit_one(image, size_px) for image in images_uint8])
 
 
-def fit_one(image_uint8: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+def _fit_one(image_uint8: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
     height, width = image_uint8.shape[:2]
+    if (height, width) == (size_px, size_px):
+        return image_uint8
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
     square = PIL.Image.fromarray(image_uint8).crop((left, top, left + side, top + side))

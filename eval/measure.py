@@ -81,7 +81,7 @@ class Ruler:
         writer = _SetWriter(self, truth.count)
         bar = tqdm.tqdm(truth.batches(self.batch_size), desc="reference", total=-(-truth.count // self.batch_size))
         for batch in bar:
-            whole = np.stack([images.fit_one(image, self.protocol.resolution_px) for image in batch])
+            whole = images.fit(batch, self.protocol.resolution_px)
             large = [min(image.shape[:2]) >= self.protocol.crop_px for image in batch]
             native = [image if fits else small for image, fits, small in zip(batch, large, whole, strict=True)]
             writer.add(whole, native)
@@ -112,12 +112,12 @@ class Ruler:
             for part in _parts(everyone, max(self.batch_size // each, 1)):
                 some = [item for index, _ in part for item in gallery.items[index * each : (index + 1) * each]]
                 native = gallery.read(some)
-                whole = images.fit(native, self.protocol.resolution_px)
+                whole = images.fit(list(native), self.protocol.resolution_px)
                 is_standard = np.repeat([not prompt.edge_case for _, prompt in part], each)
                 _, clip = writer.add(whole, list(native), keep=is_standard)
                 self._score(sheet, part, whole, clip, text_vectors)
                 if teacher is not gallery:
-                    others = images.fit(teacher.read(some), self.protocol.resolution_px)
+                    others = images.fit(list(teacher.read(some)), self.protocol.resolution_px)
                     sheet.add("lpips_to_teacher", part, self._distance(whole, others))
                 bar.update(len(some))
         return Measured(gallery.entrant, writer.sets(groups), sheet.scores, sheet.facts)
@@ -135,7 +135,7 @@ class Ruler:
         cosine = clip_score.clip_scores(clip, text_vectors[indices]).numpy() * self.protocol.clip_scale
         sheet.add("clip_score", part, cosine)
         if each > 1:
-            spread = diversity.mean_pairwise_distances(_images(whole), each, self._on_device)
+            spread = diversity.mean_pairwise_distances(sampling.to_images(whole), each, self._on_device)
             sheet.add("diversity", part, spread.double().numpy())
         if self.protocol.oracle:
             for number, (index, prompt) in enumerate(part):
@@ -145,16 +145,16 @@ class Ruler:
 
     @torch.no_grad()
     def _on_device(self, ours: Tensor, theirs: Tensor) -> Tensor:
-        found: Tensor = self.instruments.measure.distance(ours.to(self.device), theirs.to(self.device))
+        found: Tensor = self.instruments.distance.between(ours.to(self.device), theirs.to(self.device))
         return found.float().cpu()
 
     def _distance(self, ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> NDArray[np.float64]:
-        return self._on_device(_images(ours), _images(theirs)).double().numpy()
+        return self._on_device(sampling.to_images(ours), sampling.to_images(theirs)).double().numpy()
 
     @torch.no_grad()
     def vectors(self, network: features.FeatureNetwork, images_uint8: NDArray[np.uint8]) -> Tensor:
         """(B, H, W, 3) -> (B, P) float32 on the CPU. Raises ModelError if they are not finite."""
-        found: Tensor = network(_images(images_uint8).to(self.device)).vector.float().cpu()
+        found: Tensor = network(sampling.to_images(images_uint8).to(self.device)).vector.float().cpu()
         if not found.isfinite().all():
             raise errors.ModelError(f"{network.name} makes NaN or infinite features")
         return found
@@ -229,10 +229,6 @@ class _ScoreSheet:
 def _parts(prompts: Sequence[tuple[int, suites.Prompt]], size: int) -> Iterator[Sequence[tuple[int, suites.Prompt]]]:
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
-
-
-def _images(images_uint8: NDArray[np.uint8]) -> Tensor:
-    return sampling.to_images(images_uint8)
 
 
 # --- distances of sets ------------------------------------------------------------------------------

@@ -19,50 +19,48 @@ from torch import Tensor, nn
 from diffusion_kd import errors, pipeline
 from diffusion_kd.networks import features
 from diffusion_kd.networks.features import FeatureNetwork, TextImageNetwork
-from eval import checkpoints, fingerprint, inception
+from eval import checkpoints, fingerprint, inception, protocols
 from eval.metrics import perceptual
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Measure:
+class PerceptualDistance:
     """A perceptual distance and its name. module: what holds its weights. maps: whose maps it compares, if any."""
 
     name: str
-    distance: perceptual.Distance
+    between: perceptual.Distance
     module: nn.Module
     maps: FeatureNetwork | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Networks:
-    """features: of set distances. clip: of CLIP score and CMMD. measure: of LPIPS. Often one network in three parts."""
+    """features: of set distances. clip: of CLIP score and CMMD. distance: LPIPS. Often one network in three parts."""
 
     features: FeatureNetwork
     clip: TextImageNetwork
-    measure: Measure
+    distance: PerceptualDistance
 
     def sha256(self) -> dict[str, str]:
         """Of the weights of each, by name."""
-        parts = (self.features, self.clip)
-        modules = (*((part.name, part) for part in parts), (self.measure.name, self.measure.module))
-        known: dict[int, str] = {}
-        for _, module in modules:
-            if id(module) not in known:
-                known[id(module)] = fingerprint.weights_sha256(module)
-        return {name: known[id(module)] for name, module in modules}
+        modules = {
+            self.features.name: self.features,
+            self.clip.name: self.clip,
+            self.distance.name: self.distance.module,
+        }
+        return {name: fingerprint.weights_sha256(module) for name, module in modules.items()}
 
 
-def load(specification: dict[str, str], data: pathlib.Path, device: torch.device) -> Networks:
-    """specification: `features`, `clip` and `distance`; equal ones share a network. Raises ModelError, ConfigError."""
+def load(protocol: protocols.Protocol, data: pathlib.Path, device: torch.device) -> Networks:
+    """The networks of a protocol; equal specifications share one. Raises ModelError, ConfigError."""
     loaded: dict[str, FeatureNetwork] = {}
-    for key in ("features", "clip"):
-        name = specification[key]
+    for name in (protocol.features, protocol.clip):
         if name not in loaded:
             loaded[name] = _feature_network(name, data).to(device)
-    clip = loaded[specification["clip"]]
+    clip = loaded[protocol.clip]
     if not isinstance(clip, TextImageNetwork):
-        raise errors.ConfigError(f"a CLIP score needs a network of text and images, not {specification['clip']!r}")
-    return Networks(loaded[specification["features"]], clip, _measure(specification["distance"], data, device, loaded))
+        raise errors.ConfigError(f"a CLIP score needs a network of text and images, not {protocol.clip!r}")
+    return Networks(loaded[protocol.features], clip, _distance(protocol.distance, data, device, loaded))
 
 
 def _feature_network(specification: str, data: pathlib.Path) -> FeatureNetwork:
@@ -76,15 +74,15 @@ def _feature_network(specification: str, data: pathlib.Path) -> FeatureNetwork:
     return pipeline.load_feature_network(specification)
 
 
-def _measure(
+def _distance(
     specification: str, data: pathlib.Path, device: torch.device, loaded: dict[str, FeatureNetwork]
-) -> Measure:
+) -> PerceptualDistance:
     kind, _, file = specification.partition(":")
     if kind == "lpips-alex":
         module = load_lpips(data / file).to(device)
-        return Measure("lpips-alex", perceptual.from_lpips(module), module, None)
+        return PerceptualDistance("lpips-alex", perceptual.from_lpips(module), module, None)
     network = loaded[specification] if specification in loaded else _feature_network(specification, data).to(device)
-    return Measure(network.name, perceptual.from_features(network), network, network)
+    return PerceptualDistance(network.name, perceptual.from_features(network), network, network)
 
 
 def load_lpips(backbone: pathlib.Path) -> nn.Module:
@@ -111,8 +109,7 @@ def _alexnet_keys(net: nn.Module) -> list[tuple[str, str]]:
 
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's weights lie."""
-    device: torch.device = next(iter(network.state_dict().values())).device
-    return device
+    return next(network.parameters()).device
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from diffusion_kd.shapes import oracle
 from eval import examine, gate, images
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page.html.j2"
-_THUMBNAIL_PX, _PIXELATED_BELOW_PX = 256, 128
+_THUMBNAIL_PX, _PIXELATED_UP_TO_PX = 256, 128
 _GRID_ROWS, _CASES = 8, 6
 _AXIS = 1.25
 """Retention at the right end of the charts."""
@@ -58,7 +58,7 @@ class Bar:
 
     name: str
     prompts: int
-    label: str
+    steps: int
     band: str
     low: float
     value: float
@@ -78,20 +78,17 @@ def render(report: Mapping[str, Any], examination: examine.Examination) -> str:
     return template.render(
         report=report,
         rows=[row | {"title": _title(row["model"], row["steps"])} for row in report["rows"]],
-        names=_NAMES,
         columns=[_column(key, report) for key in _COLUMNS if any(key in row["values"] for row in report["rows"])],
         summaries=[_summary(row, report) for row in report["rows"] if row["model"] == examine.STUDENT],
         charts=_charts(report),
         floors={(floor.metric, floor.over): floor.retention for floor in examination.plan.floor.floors},
         axis=_AXIS,
-        headings=[result.entrant.label for result in _shown(examination)],
         grid=_grid(examination),
         subject=subject.entrant.label,
         worst=worst,
         best=best,
         strips=_strips(examination),
-        pixelated=native <= _PIXELATED_BELOW_PX,
-        command=report["command"],
+        pixelated=native <= _PIXELATED_UP_TO_PX,
     )
 
 
@@ -153,7 +150,7 @@ def _bar(name: str, entry: Mapping[str, Any] | None, steps: int) -> list[Bar]:
     low, high = (0.0 if low is None else low), (_AXIS if high is None else high)
     text = f"{entry['retention']:.3f} [{low:.3f}, {high:.3f}]"
     left, middle, right = (min(max(value, 0), _AXIS) / _AXIS * 100 for value in (low, entry["retention"], high))
-    return [Bar(name, entry["prompts"], str(steps), entry["band"], left, middle, right, text)]
+    return [Bar(name, entry["prompts"], steps, entry["band"], left, middle, right, text)]
 
 
 # --- pictures ---------------------------------------------------------------------------------------
@@ -169,9 +166,7 @@ def _usable(examination: examine.Examination) -> list[int]:
 
 def _grid(examination: examine.Examination) -> list[Row]:
     """Some prompts, evenly over the suite, the same seed along each row."""
-    usable = _usable(examination)
-    chosen = [usable[number * len(usable) // _GRID_ROWS] for number in range(min(_GRID_ROWS, len(usable)))]
-    return [_row(examination, index, _shown(examination)) for index in dict.fromkeys(chosen)]
+    return [_row(examination, index, _shown(examination)) for index in examine.spread(_usable(examination), _GRID_ROWS)]
 
 
 def _row(examination: examine.Examination, index: int, results: Sequence[examine.Result], note: str = "") -> Row:

@@ -17,7 +17,7 @@ from eval.metrics import cmmd, mind, precision_recall
 
 SCHEMA_VERSION = 2
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
-SLICED = ("prompt_accuracy", "clip_score", "lpips_to_teacher", "diversity")
+SLICED = (*gate.PROMPT_METRICS, "lpips_to_teacher")
 
 
 def build(examination: examine.Examination, command: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def build(examination: examine.Examination, command: str) -> dict[str, Any]:
 
 def _protocol(examination: examine.Examination) -> dict[str, Any]:
     plan = examination.plan
-    edge = sum(prompt.edge_case for prompt in plan.suite.prompts)
+    edge = len(plan.suite.prompts) - len(plan.suite.standard)
     return {
         "id": plan.protocol.id,
         "about": plan.protocol.about,
@@ -94,8 +94,8 @@ class _Fingerprints:
         plan, parts = self._examination.plan, self._examination.instruments
         metric, network, settings = _described(key, self._examination)
         resizer: Any = {parts.features.name: parts.features, parts.clip.name: parts.clip}.get(network)
-        if network == parts.measure.name and resizer is None:
-            resizer = parts.measure.maps
+        if network == parts.distance.name and resizer is None:
+            resizer = parts.distance.maps
         return Fingerprint(
             metric=metric,
             network=network,
@@ -116,7 +116,7 @@ class _Fingerprints:
 def _described(key: str, examination: examine.Examination) -> tuple[str, str, dict[str, Any]]:
     """Name in full, name of the network, and further settings of a metric."""
     parts, protocol = examination.instruments, examination.plan.protocol
-    features, clip, distance = parts.features.name, parts.clip.name, parts.measure.name
+    features, clip, distance = parts.features.name, parts.clip.name, parts.distance.name
     scale = "" if protocol.clip_scale == 1 else f" x{protocol.clip_scale:g}"
     crops = {"crop_px": protocol.crop_px, "crops_per_image": protocol.crops_per_image}
     names: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -144,8 +144,7 @@ def _samples(key: str, result: examine.Result, plan: examine.Plan) -> int:
     """Pictures of standard prompts of which the metric says something."""
     if key not in SLICED:
         return len(result.measured.sets.whole)
-    ((_, members),) = gate.slices(plan.suite, "all")
-    return int(np.isfinite(result.measured.scores[key][members]).sum()) * plan.protocol.images_per_prompt
+    return int(np.isfinite(result.measured.scores[key][plan.suite.standard]).sum()) * plan.protocol.images_per_prompt
 
 
 class _Values:
@@ -163,13 +162,13 @@ class _Values:
         found |= {key: self._value(key, share, None, truth) for key, share in result.precision_recall.items()}
         for key, estimate in result.to_teacher.items():
             found[f"{key}_to_teacher"] = self._distance(f"{key}_to_teacher", estimate, self._teacher_name)
-        ((_, members),) = gate.slices(self._examination.plan.suite, "all")
+        standard = self._examination.plan.suite.standard
         for key in SLICED:
-            if key in result.measured.scores:
+            scores = result.measured.scores.get(key, np.empty(0))
+            mean = _mean(scores[standard]) if len(scores) else None
+            if mean is not None:
                 reference = self._teacher_name if key == "lpips_to_teacher" else "none"
-                mean, interval = mean_of(key, result.measured.scores[key][members])
-                if mean is not None:
-                    found[key] = self._value(key, mean, interval, reference)
+                found[key] = self._value(key, mean, _interval(key, scores[standard]), reference)
         return found
 
     def _distance(self, key: str, estimate: stats.Jackknife, reference: str) -> Value:
@@ -182,15 +181,18 @@ class _Values:
         return Value(value=value, interval=interval, fingerprint=self._prints.make(key, self._result, reference))
 
 
-def mean_of(metric: str, scores: NDArray[np.float64]) -> tuple[float | None, tuple[float, float] | None]:
-    """Mean over the prompts of which the metric says something, and its 95 % interval; None for none."""
+def _mean(scores: NDArray[np.float64]) -> float | None:
+    """Over the prompts of which a metric says something; None for none."""
     known = scores[np.isfinite(scores)]
-    if not len(known):
-        return None, None
-    mean = float(known.mean())
+    return float(known.mean()) if len(known) else None
+
+
+def _interval(metric: str, scores: NDArray[np.float64]) -> tuple[float, float]:
+    """95 %, of `_mean`: Wilson's for shares of right pictures, which have no spread where all are right."""
+    known = scores[np.isfinite(scores)]
     if metric == "prompt_accuracy":
-        return mean, stats.wilson_interval(mean * len(known), len(known))
-    return mean, stats.bootstrap_interval(known)
+        return stats.wilson_interval(float(known.sum()), len(known))
+    return stats.bootstrap_interval(known)
 
 
 # --- rows -------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def mean_of(metric: str, scores: NDArray[np.float64]) -> tuple[float | None, tup
 def _require_alike(values: dict[str, Value], teacher: dict[str, Value]) -> None:
     """A retention compares a student's number with its teacher's: they must have been measured alike."""
     for key in values.keys() & teacher.keys():
-        fingerprint.require_same(values[key].fingerprint, teacher[key].fingerprint)
+        assert values[key].fingerprint == teacher[key].fingerprint, f"{key} was measured in two ways"
 
 
 def _row(
@@ -211,7 +213,9 @@ def _row(
         "steps": entrant.steps,
         "guidance_scale": entrant.guidance_scale,
         "values": {key: _value(value, prints) for key, value in found.items()},
-        "prompt_accuracy_by": {key: mean_of("prompt_accuracy", row)[0] for key, row in result.measured.facts.items()},
+        "prompt_accuracy_by": {
+            attribute: _mean(scores[plan.suite.standard]) for attribute, scores in result.measured.facts.items()
+        },
         "slices": _slices(examination, result),
         "speed": {
             "latency_s": timed.median_latency_s,
@@ -276,9 +280,10 @@ def _slices(examination: examine.Examination, result: examine.Result) -> dict[st
     for metric in SLICED:
         scores = result.measured.scores.get(metric)
         for name, members, edge in named if scores is not None else ():
-            mean, interval = mean_of(metric, scores[members])  # type: ignore[index]
+            mean = _mean(scores[members])  # type: ignore[index]
             if mean is None:
                 continue
+            interval = _interval(metric, scores[members])  # type: ignore[index]
             entry: dict[str, Any] = {"value": mean, "interval": interval, "prompts": len(members), "edge_case": edge}
             if result is not teacher and metric in gate.PROMPT_METRICS:
                 kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)

@@ -13,7 +13,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,14 +24,16 @@ EXIT_CODES = {stats.Outcome.PASS: 0, stats.Outcome.FAIL: 1, stats.Outcome.INCONC
 EXIT_ERROR = 3
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Ends with `EXIT_ERROR`: argparse's own 2 is a verdict here."""
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_ERROR, f"error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m eval.run",
         description="Judge a student against its teacher. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 error.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -73,7 +75,7 @@ def plan(arguments: Sequence[str] | None = None) -> tuple[examine.Plan, pathlib.
         raise errors.DataError(absent)
     suite = suites.load(given.suite) if given.suite else protocol.suite(given.data)
     if given.prompts is not None:
-        suite = suite.first(given.prompts)
+        suite = suite.thinned(given.prompts)
     made = examine.Plan(
         protocol=protocol,
         suite=suite,
@@ -108,7 +110,7 @@ def _check(given: argparse.Namespace, protocol: protocols.Protocol) -> None:
     errors.require(price is None or 0 < price < 1e6, "--price-per-hour", price, "above 0")
     if given.device == "cuda" and not torch.cuda.is_available():
         raise errors.ConfigError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if not protocol.oracle and "shapes-teacher" in (given.teacher, given.student):
+    if not protocol.oracle and {"shapes-teacher", "shapes-student"} & {given.teacher, given.student}:
         raise errors.ConfigError(f"protocol {protocol.id} judges SDXL-class models: give --teacher and --student")
     if given.student == given.teacher:
         raise errors.ConfigError(f"--student is the teacher itself, {given.teacher}; give an exported student")
@@ -121,7 +123,7 @@ def _step_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def run(arguments: Sequence[str] | None = None) -> dict[str, object] | None:
+def run(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Examine, write the report and return it; None in every process but the first. Raises DiffusionKDError."""
     planned, out = plan(arguments)
     workers = processes.join()
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if written is None:
         return 0
     sys.stdout.write(f"{report.table(written)}\n")
-    return EXIT_CODES[stats.Outcome(str(written["verdict"]))]
+    return EXIT_CODES[stats.Outcome(written["verdict"])]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_kd import errors
-
 
 class Sampler(Protocol):
     """A model as evaluation sees it."""
@@ -27,9 +25,3 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 def to_images(images_uint8: NDArray[np.uint8]) -> Tensor:
     """(B, H, W, 3) in 0..255 -> (B, 3, H, W) float32 in [-1, 1]; `to_uint8` takes it back exactly."""
     return torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def check_shape(images: Tensor, count: int) -> None:
-    """Raise ModelError unless a sampler returned one RGB image for each prompt."""
-    if images.ndim != 4 or images.shape[:2] != (count, 3):
-        raise errors.ModelError(f"a sampler must return ({count}, 3, H, W) images; it returned {tuple(images.shape)}")

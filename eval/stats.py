@@ -27,6 +27,7 @@ RESAMPLES, _FEWEST_RESAMPLES, _DRAWS = 10_000, 2_000, 20_000_000
 """Resamples of a bootstrap; fewer, down to the second, where prompts times resamples would exceed the third."""
 
 _CHUNK = 200
+"""Resamples drawn at a time, which bounds the memory."""
 
 
 class Outcome(enum.StrEnum):
@@ -71,7 +72,7 @@ class Jackknife:
     @property
     def standard_error(self) -> float:
         """NaN where there are no groups."""
-        return math.sqrt(covariance(self, self)) if self.without else math.nan
+        return float(np.std(self.without) * math.sqrt(len(self.without) - 1)) if self.without else math.nan
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Two-sided, around `corrected`, by Student's t with G - 1 degrees of freedom."""
@@ -79,12 +80,6 @@ class Jackknife:
             return None
         reach = _t_quantile((1 + confidence) / 2, len(self.without)) * self.standard_error
         return self.corrected - reach, self.corrected + reach
-
-
-def covariance(first: Jackknife, second: Jackknife) -> float:
-    """Of two statistics of the same groups: (G - 1)/G times the sum of products of deviations."""
-    one, other = (np.asarray(estimate.without) for estimate in (first, second))
-    return float((len(one) - 1) / len(one) * ((one - one.mean()) * (other - other.mean())).sum())
 
 
 def _t_quantile(probability: float, groups: int) -> float:
@@ -130,9 +125,9 @@ def jackknife_retention(
     not reject (Fieller 1954), so it may be open on a side where the denominator is not clearly above 0.
     """
     gap = numerator.corrected - floor * denominator.corrected
-    aa, ab, bb = (covariance(*pair) for pair in ((numerator, numerator), (numerator, denominator), (denominator,) * 2))
-    error = math.sqrt(max(aa - 2 * floor * ab + floor**2 * bb, 0.0))
     groups = len(numerator.without)
+    (aa, ab), (_, bb) = (groups - 1) * np.cov(numerator.without, denominator.without, bias=True)
+    error = math.sqrt(max(aa - 2 * floor * ab + floor**2 * bb, 0.0))
     if error == 0:
         p_below = 0.5 if gap == 0 else float(gap < 0)
     else:

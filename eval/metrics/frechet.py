@@ -1,6 +1,7 @@
 """Fréchet distance of two sets of feature vectors."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Self
 
@@ -23,13 +24,14 @@ class Gaussian:
     @classmethod
     def fit(cls, features: ArrayLike) -> Self:
         """To (N, d), N >= 2, of any real values, with an unbiased covariance. Raises DataError."""
-        values = np.asarray(features)
-        if values.ndim == 2 and 2 <= len(values) < values.shape[1]:
-            moments = _Moments.of(values)  # for its checks; where N < d the vectors themselves are the smaller factor
-            factor: Matrix = np.asarray(values, np.float64) - moments.origin
-            factor /= np.sqrt(len(values) - 1)
-            return cls(moments.origin, factor)
-        return cls.of(_Moments.of(values))
+        values = _checked(np.asarray(features))
+        if len(values) >= values.shape[1]:
+            return cls.of(_Moments.of(values))
+        if len(values) < 2:
+            raise errors.DataError(f"a Fréchet distance needs two vectors a set, not {len(values)}")
+        mean: Matrix = values.mean(0)
+        centred: Matrix = values - mean  # where N < d the vectors themselves are the smaller factor
+        return cls(mean, centred / math.sqrt(len(values) - 1))
 
     @classmethod
     def of(cls, moments: "_Moments") -> Self:
@@ -52,7 +54,7 @@ class Gaussian:
 
 @dataclasses.dataclass(frozen=True)
 class _Moments:
-    """Sums over vectors minus `origin`, which keeps them small: (d,) and (d, d). They add up and subtract exactly."""
+    """Sums over vectors minus `origin`, which keeps them small: (d,) and (d, d)."""
 
     origin: Matrix
     count: int
@@ -61,17 +63,22 @@ class _Moments:
 
     @classmethod
     def of(cls, features: NDArray[np.generic], origin: Matrix | None = None) -> "_Moments":
-        if features.ndim != 2:
-            raise errors.DataError(f"feature sets must be (N, d) and (M, d), not {features.shape}")
-        values = np.asarray(features, np.float64)
-        if not np.isfinite(values).all():
-            raise errors.DataError("the features hold NaN or infinity")
+        values = _checked(features)
         origin = values.mean(0) if origin is None else origin
         centred = values - origin
         return cls(origin, len(values), centred.sum(0), centred.T @ centred)
 
     def without(self, part: "_Moments") -> "_Moments":
         return _Moments(self.origin, self.count - part.count, self.total - part.total, self.outer - part.outer)
+
+
+def _checked(features: NDArray[np.generic]) -> Matrix:
+    if features.ndim != 2:
+        raise errors.DataError(f"feature sets must be (N, d) and (M, d), not {features.shape}")
+    values = np.asarray(features, np.float64)
+    if not np.isfinite(values).all():
+        raise errors.DataError("the features hold NaN or infinity")
+    return values
 
 
 def distance(first: Gaussian, second: Gaussian) -> float:

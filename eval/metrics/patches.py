@@ -1,4 +1,4 @@
-"""Crops at native resolution: what a patch Fréchet distance is measured on.
+"""Crops at native resolution: what patch distances are measured on.
 
 A network that squeezes a picture to its own size does not see what lies between the pixels that it keeps. A few-step
 student fails there first, in texture and in sharpness, so a crop goes to the network without its surroundings.

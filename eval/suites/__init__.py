@@ -2,12 +2,13 @@
 
 | suite     | for                    | standard prompts | edge cases |
 |-----------|------------------------|------------------|------------|
-| `shapes`  | the embedded domain    | 512 in 8 strata  | 250        |
+| `shapes`  | the embedded domain    | 512 in 8 strata  | 252        |
 | `general` | SDXL-class models      | 520 in 13 strata | 184        |
 
 A prompt of the shapes domain also has `asks`, what the oracle looks for. `eval.suites.shapes` writes `shapes`.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -15,6 +16,9 @@ import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from diffusion_kd import errors
 from diffusion_kd.shapes import scenes
@@ -40,11 +44,16 @@ class Suite:
     prompts: tuple[Prompt, ...]
 
     @functools.cached_property
+    def standard(self) -> NDArray[np.int64]:
+        """Places of the prompts that are no edge cases."""
+        return np.array([place for place, prompt in enumerate(self.prompts) if not prompt.edge_case], dtype=np.int64)
+
+    @functools.cached_property
     def sha256(self) -> str:
         """Of ids, categories, texts and what is asked: another suite never passes for this one."""
         return hashlib.sha256("\n".join(map(to_line, self.prompts)).encode()).hexdigest()
 
-    def first(self, count: int) -> "Suite":
+    def thinned(self, count: int) -> "Suite":
         """About `count` prompts, as many of each category as its share, for a quick look; at least one of each."""
         by_category: dict[tuple[bool, str], list[Prompt]] = {}
         for prompt in self.prompts:
@@ -61,7 +70,7 @@ def load(name_or_path: str) -> Suite:
     """A suite by its name or from a file. Raises DataError naming the line and what is wrong with it."""
     path = BUILT_IN.get(name_or_path, pathlib.Path(name_or_path))
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: prompts may hold odd line ends
     except FileNotFoundError:
         known = ", ".join(sorted(BUILT_IN))
         raise errors.DataError(f"no prompt suite {name_or_path!r}: not a file, not one of {known}") from None
@@ -69,19 +78,17 @@ def load(name_or_path: str) -> Suite:
         raise errors.DataError(f"{path} cannot be read: {errors.first_line(error)}") from None
     prompts = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise errors.DataError(
-            f"{path} holds no prompts; a line is {json.dumps(dict(zip(_KEYS, _EXAMPLE, strict=True)))}"
-        )
+        raise errors.DataError(f"{path} holds no prompts; a line is {_EXAMPLE}")
     return checked(name_or_path if name_or_path in BUILT_IN else path.name, prompts)
 
 
-_EXAMPLE = ("dogs-001", "animals", False, "a dog asleep on a red sofa")
+_EXAMPLE = '{"id": "dogs-001", "category": "animals", "edge_case": false, "text": "a dog asleep on a red sofa"}'
 
 
 def checked(name: str, prompts: Sequence[Prompt]) -> Suite:
     """A suite of prompts whose ids differ and of which one at least is no edge case. Raises DataError."""
-    seen: set[str] = set()
-    repeated = [prompt.id for prompt in prompts if prompt.id in seen or seen.add(prompt.id)]  # type: ignore[func-returns-value]
+    counts = collections.Counter(prompt.id for prompt in prompts)
+    repeated = [prompt_id for prompt_id, count in counts.items() if count > 1]
     if repeated:
         raise errors.DataError(
             f"{name} has several prompts with the id {repeated[0]!r}; {len(repeated)} ids are repeated"

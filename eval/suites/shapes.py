@@ -120,24 +120,23 @@ def _misspell(word: str, rng: np.random.Generator) -> str:
 
 
 _CONTRADICTIONS = (
-    "a {c1} {s1} that is {c2}",
-    "a {s1} which is really a {s2}, {c1}",
-    "a {c1} {s1} with the shape of a {s2}",
-    "a {s1} that is {c1} all over and {c2} all over",
+    ("a {c1} {s1} that is {c2}", "shape"),
+    ("a {s1} which is really a {s2}, {c1}", "colour"),
+    ("a {c1} {s1} with the shape of a {s2}", "colour"),
+    ("a {s1} that is {c1} all over and {c2} all over", "shape"),
 )
+"""Templates, and the one fact of the first object that is not contradicted."""
 
 
 def _contradictory() -> Iterator[Words]:
-    """Only the one fact that is not contradicted is asked for."""
     rng = _stream("contradictory")
     while True:
-        for number, template in enumerate(_CONTRADICTIONS):
+        for template, kept in _CONTRADICTIONS:
             facts = _facts(rng, 2)
             first = facts.objects[0]
-            kept = (
-                scenes.Wanted(first.shape, None, None) if number in (0, 3) else scenes.Wanted(None, first.colour, None)
-            )
-            yield template.format(**_named(facts)), scenes.Prompt("", (kept,), None, None, None)
+            shape, colour = (first.shape, None) if kept == "shape" else (None, first.colour)
+            wanted = scenes.Wanted(shape, colour, None)
+            yield template.format(**_named(facts)), scenes.Prompt("", (wanted,), None, None, None)
 
 
 def _three_objects() -> Iterator[Words]:
@@ -264,8 +263,14 @@ def make() -> list[suites.Prompt]:
 
 
 def _take(count: int, words: Iterator[Words], taken: set[str]) -> Iterator[Words]:
-    fresh = ((text, asks) for text, asks in words if text not in taken and taken.add(text) is None)  # type: ignore[func-returns-value]
-    return itertools.islice(fresh, count)
+    return itertools.islice(_fresh(words, taken), count)
+
+
+def _fresh(words: Iterator[Words], taken: set[str]) -> Iterator[Words]:
+    for text, asks in words:
+        if text not in taken:
+            taken.add(text)
+            yield text, asks
 
 
 def _asking(text: str, asks: scenes.Prompt | None) -> scenes.Prompt | None:

@@ -88,7 +88,7 @@ def network() -> ToyNetwork:
 
 @pytest.fixture
 def instruments(network: ToyNetwork) -> networks.Networks:
-    measured = networks.Measure(network.name, perceptual.from_features(network), network, network)
+    measured = networks.PerceptualDistance(network.name, perceptual.from_features(network), network, network)
     return networks.Networks(network, network, measured)
 
 

@@ -54,7 +54,8 @@ def test_nothing_is_made_twice(
 
 
 @pytest.mark.parametrize(
-    "change", [{"artifact_sha256": "x"}, {"steps": 2}, {"guidance_scale": 1.0}, {"settings": {"negative_prompt": "x"}}]
+    "change",
+    [{"artifact_sha256": "x"}, {"steps": 2}, {"guidance_scale": 1.0}, {"settings": {"a": "x"}}, {"device": "cuda"}],
 )
 def test_another_model_or_setting_has_pictures_of_its_own(
     tmp_path: pathlib.Path,
@@ -175,12 +176,11 @@ def test_a_full_disk_leaves_no_half_picture(
     assert gallery.read(items).shape == (20, 64, 64, 3)
 
 
-def test_what_is_no_image_is_refused(tmp_path: pathlib.Path, make_entrant: Make, items: list[images.Item]) -> None:
-    def grey(prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance_scale: float) -> Tensor:
-        return torch.zeros(len(prompts), 1, 64, 64)
-
-    with pytest.raises(errors.ModelError, match="must return"):
-        _gallery(tmp_path, make_entrant(grey), items).fill(ONE)
+@pytest.mark.parametrize("shape", [(1, 3, 2, 2), (2, 1, 2, 2), (2, 3, 2)])
+def test_what_is_no_image_is_refused(make_entrant: Make, shape: tuple[int, ...]) -> None:
+    entrant = make_entrant(lambda *arguments, **options: torch.zeros(shape))
+    with pytest.raises(errors.ModelError, match=r"must return \(2, 3, H, W\)"):
+        entrant.draw(["a", "b"], [0, 1])
 
 
 def test_a_model_is_known_by_the_names_and_contents_of_its_files(tmp_path: pathlib.Path) -> None:
@@ -211,7 +211,7 @@ def test_pictures_are_fitted_by_their_centre() -> None:
     assert fitted.shape == (1, 20, 20, 3)
     assert fitted.min() == 255
     same = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 3), np.uint8)
-    assert images.fit(same, 20) is same
+    assert np.array_equal(images.fit(same, 20), same)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: pathlib.Path) -> None:

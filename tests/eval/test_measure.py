@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_pictures_themselves(
     vectors = instruments.clip(mine).vector
     cosine = torch.nn.functional.cosine_similarity(vectors, text_vectors[[number] * 2]).mean().item()
     assert found.scores["clip_score"][number] == pytest.approx(cosine, abs=1e-6)
-    distance = instruments.measure.distance
+    distance = instruments.distance.between
     assert found.scores["lpips_to_teacher"][number] == pytest.approx(distance(mine, theirs).mean().item(), rel=1e-5)
     assert found.scores["diversity"][number] == pytest.approx(distance(mine[:1], mine[1:]).item(), rel=1e-5)
     assert np.allclose(found.sets.whole[2 * number : 2 * number + 2], instruments.features(mine).vector, atol=1e-6)

@@ -1,5 +1,6 @@
 """Networks by specification, and that they compute what their own libraries compute."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 import diffusion_kd  # noqa: F401 - lets torchvision, which lpips imports, load
 from diffusion_kd import errors
 from diffusion_kd.networks import features
-from eval import networks, sampling
+from eval import networks, protocols, sampling
 from eval.metrics import clip_score, perceptual
 
 
@@ -95,12 +96,13 @@ def test_networks_of_a_real_protocol(
 ) -> None:
     (tmp_path / "clip.pt").symlink_to(tiny_clip)
     (tmp_path / "alexnet.pth").symlink_to(alexnet_weights)
-    specification = {
-        "features": "open_clip:tiny-clip:clip.pt",
-        "clip": "open_clip:tiny-clip:clip.pt",
-        "distance": "lpips-alex:alexnet.pth",
-    }
-    loaded = networks.load(specification, tmp_path, torch.device("cpu"))
+    protocol = dataclasses.replace(
+        protocols.named("shapes"),
+        features="open_clip:tiny-clip:clip.pt",
+        clip="open_clip:tiny-clip:clip.pt",
+        distance="lpips-alex:alexnet.pth",
+    )
+    loaded = networks.load(protocol, tmp_path, torch.device("cpu"))
     assert loaded.features is loaded.clip
     assert loaded.clip.resizer == "pil-bicubic"
     hashes = loaded.sha256()
@@ -109,8 +111,6 @@ def test_networks_of_a_real_protocol(
 
 
 def test_equal_specifications_share_one_network() -> None:
-    loaded = networks.load(
-        dict.fromkeys(("features", "clip", "distance"), "shapes-encoder"), pathlib.Path(), torch.device("cpu")
-    )
-    assert loaded.features is loaded.clip is loaded.measure.module is loaded.measure.maps
+    loaded = networks.load(protocols.named("shapes"), pathlib.Path(), torch.device("cpu"))
+    assert loaded.features is loaded.clip is loaded.distance.module is loaded.distance.maps
     assert list(loaded.sha256()) == ["shapes-encoder"]

@@ -99,7 +99,7 @@ def test_another_word_or_order_is_another_suite() -> None:
 
 
 def test_a_quick_look_keeps_the_strata_and_the_ids() -> None:
-    some = SHAPES.first(76)
+    some = SHAPES.thinned(76)
     assert 60 <= len(some.prompts) <= 90
     assert {prompt.category for prompt in some.prompts} == {prompt.category for prompt in SHAPES.prompts}
     assert set(some.prompts) <= set(SHAPES.prompts)
