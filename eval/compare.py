@@ -60,8 +60,20 @@ def lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str,
             )
     if not alike:
         raise errors.ComparisonError(refused[0] if refused else "the reports have no value in common")
-    for sentence in dict.fromkeys(refused):
-        yield ("", "", f"left out: {sentence}", "", "", "")
+    sentences = [f"left out: {sentence}" for sentence in dict.fromkeys(refused)]
+    sentences += [f"only in {name}: {', '.join(sorted(keys))}" for name, keys in _alone(old, new).items() if keys]
+    sentences += [
+        f"{name} lost prompts and is not complete" for name, each in (("old", old), ("new", new)) if each.get("lost")
+    ]
+    yield from (("", "", sentence, "", "", "") for sentence in sentences)
+
+
+def _alone(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, set[str]]:
+    """What one report holds and the other does not."""
+    first, second = (
+        {f"{row['model']} {row['steps']} {key}" for row in each["rows"] for key in row["values"]} for each in (old, new)
+    )
+    return {"old": first - second, "new": second - first}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         found = list(lines(load(given.old), load(given.new)))
+    except (KeyError, TypeError, ValueError) as error:
+        sys.stderr.write(f"error: a report is damaged: {type(error).__name__} {error}\n")
+        return run.EXIT_ERROR
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
         return run.EXIT_ERROR

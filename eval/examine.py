@@ -216,8 +216,8 @@ class _Judges:
         return _Seen(pictures, self._ruler.reference_sets(pictures))
 
     def _kept(self, seen: _Seen) -> measure.Sets:
-        groups = seen.pictures.groups
-        return seen.sets if groups is None else self._ruler.kept(seen.sets, groups)
+        places = seen.pictures.places
+        return seen.sets if places is None else self._ruler.kept(seen.sets, places)
 
     def judge(self, galleries: Sequence[images.Gallery], strips: Sequence[images.Gallery]) -> Examination:
         lost = self._exclude(galleries)
@@ -245,7 +245,10 @@ class _Judges:
     def _reference_name(self) -> str:
         if self._truth is not None:
             return self._truth.pictures.name
-        return "none" if self._moments is None else "stored moments"
+        if self._moments is None:
+            return "none"
+        digest = hashlib.sha256(self._moments.mean.tobytes() + self._moments.factor.tobytes())
+        return f"stored moments {digest.hexdigest()[:12]}"
 
     def _attainable(self, truth: measure.Sets | frechet.Gaussian | None) -> dict[str, stats.Jackknife] | None:
         if self._others is None or not isinstance(truth, measure.Sets):
@@ -263,12 +266,21 @@ class _Judges:
         strip: images.Gallery,
     ) -> Result:
         distances = {} if truth is None else measure.distances(measured.sets, truth)
-        evidence = gate.Evidence(distances, measured.scores, timed.latency_s, *measured.sets.whole.shape)
+        pictures, dimensions = measured.sets.whole.shape
+        evidence = gate.Evidence(
+            sets=distances,
+            scores=measured.scores,
+            latency_s=timed.latency_s,
+            pictures=pictures,
+            pictures_per_prompt=self._plan.protocol.images_per_prompt,
+            dimensions=dimensions,
+        )
         shares = measure.precision_and_recall(measured.sets, truth) if isinstance(truth, measure.Sets) else {}
         if teacher is None:
             return Result(measured, evidence, {}, shares, timed, None, gallery, strip)
         to_teacher = measure.distances(measured.sets, teacher.measured.sets)
-        verdict = gate.judge(self._plan.floor, evidence, teacher.evidence, self._plan.suite, remarks)
+        plan = self._plan
+        verdict = gate.judge(plan.floor, evidence, teacher.evidence, plan.suite, remarks, step_counts=len(plan.steps))
         return Result(measured, evidence, to_teacher, shares, timed, verdict, gallery, strip)
 
     def _exclude(self, galleries: Sequence[images.Gallery]) -> dict[str, str]:

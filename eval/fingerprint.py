@@ -1,9 +1,11 @@
 """What a number was measured with. Two numbers may be compared only where all of it is the same."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
+import pathlib
 import platform
 from typing import Any
 
@@ -20,6 +22,7 @@ _LIBRARIES = (
     "numpy",
     "scipy",
     "pillow",
+    "tokenizers",
     "open-clip-torch",
     "lpips",
     "torch-fidelity",
@@ -34,6 +37,7 @@ class Fingerprint:
     resizer, antialias: how pictures came to the network's size. reference: what they were compared with.
     samples: pictures. prompts_sha256: ids and texts of the prompts. resolution_px: of the judged pictures.
     settings: further numbers of the protocol, such as crops or neighbours. versions: of the libraries.
+    device: what measured. code_sha256: of the metrics.
     """
 
     metric: str
@@ -49,6 +53,8 @@ class Fingerprint:
     resolution_px: int
     settings: dict[str, Any]
     versions: dict[str, str]
+    device: str
+    code_sha256: str
 
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:12]
@@ -96,6 +102,15 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Of the modules that measure: numbers of other code are other numbers."""
+    here = pathlib.Path(__file__).parent
+    sources = [*sorted((here / "metrics").glob("*.py")), here / "measure.py", here / "inception.py"]
+    sources.append(pathlib.Path(diffusion_kd.__file__).parent / "networks" / "features.py")
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -5,13 +5,14 @@ show that a floor is missed. Which error each rule guards against:
 
 - PASS needs every floor, each at the full level. That is an intersection-union test: a student below any one floor
   passes with a chance of at most alpha, however many floors there are (Berger 1982), so no correction is due.
-- FAIL needs one floor. With twenty slices one of them looks bad by chance, so their p-values are adjusted (Holm 1979).
+- FAIL needs one floor. With twenty slices one of them looks bad by chance, so their p-values are adjusted (Holm 1979),
+  and multiplied by the number of step counts of which each can fail the student.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,11 @@ class Check:
     def sentence(self) -> str:
         """What was found, in words."""
         kept, floor = self.retention.value, self.retention.floor
-        if math.isnan(kept):
-            return f"{self.metric} of {self.slice}: the teacher's is not above zero, so there is no retention"
+        if not self.retention.samples:
+            return f"{self.metric} of {self.slice}: not measured here, so the floor of {floor:g} is not shown to hold"
         low, high = ("?" if end is None else f"{end:.3f}" for end in self.retention.interval)
-        found = f"{self.metric} of {self.slice}: retention {kept:.3f} [{low}, {high}], floor {floor:g}"
+        ratio = "undefined" if math.isnan(kept) else f"{kept:.3f} [{low}, {high}]"
+        found = f"{self.metric} of {self.slice}: retention {ratio}, floor {floor:g}"
         if self.outcome is stats.Outcome.FAIL:
             return f"{found}: missed by {floor - min(kept, floor):.3f}"
         if self.retention.samples < self.needs:
@@ -100,13 +102,14 @@ def load(path: pathlib.Path) -> FloorFile:
     confidence, least, listed = content["confidence"], content["min_prompts"], content["floors"]
     where = f"{path}: "
     errors.require(_number(confidence) and 0.5 < confidence < 1, f"{where}confidence", confidence, "in (0.5, 1)")
-    errors.require(_number(least) and least >= 1, f"{where}min_prompts", least, "at least 1")
+    whole = isinstance(least, int) and not isinstance(least, bool)
+    errors.require(whole and least >= 1, f"{where}min_prompts", least, "a whole number, at least 1")
     errors.require(isinstance(listed, list) and listed != [], f"{where}floors", listed, "a list of floors")
     return FloorFile(float(confidence), int(least), tuple(_floor(each, where) for each in listed))
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _floor(fields: Any, where: str) -> Floor:
@@ -129,22 +132,30 @@ class Evidence:
     """What the gate knows of one entrant.
 
     sets: distances to the reference; empty where there is none. scores: by prompt. latency_s: of repeated runs.
-    pictures, dimensions: (N, d) of the features behind `sets`.
+    pictures, dimensions: (N, d) of the features behind `sets`. pictures_per_prompt: of the standard prompts.
     """
 
     sets: Mapping[str, stats.Jackknife]
     scores: measure.Scores
     latency_s: Sequence[float]
     pictures: int
+    pictures_per_prompt: int
     dimensions: int
 
 
 def judge(
-    floor: FloorFile, student: Evidence, teacher: Evidence, suite: suites.Suite, remarks: Sequence[str] = ()
+    floor: FloorFile,
+    student: Evidence,
+    teacher: Evidence,
+    suite: suites.Suite,
+    remarks: Sequence[str] = (),
+    *,
+    step_counts: int = 1,
 ) -> Verdict:
-    """Hold a student against the floor. remarks: reasons, such as lost pictures, for which nothing may pass.
+    """Hold a student against the floor.
 
-    A floor on a metric that the protocol has not is left out; a slice without prompts is INCONCLUSIVE.
+    remarks: reasons, such as lost pictures, for which nothing may pass. step_counts: how many are judged, of which each
+    can fail the student. A floor that cannot be measured is INCONCLUSIVE, so no student passes by measuring less.
     """
     alpha = 1 - floor.confidence
     found = [
@@ -152,12 +163,12 @@ def judge(
         for each in floor.floors
         for name, retention in _retentions(each, student, teacher, suite, confidence=2 * floor.confidence - 1)
     ]
-    adjusted = stats.holm([retention.p_above for _, _, retention in found])
+    adjusted = [min(1.0, step_counts * p) for p in stats.holm([retention.p_above for _, _, retention in found])]
     checks = [
         _check(metric, name, retention, alpha, p_fail, _needs(metric, floor, student))
         for (metric, name, retention), p_fail in zip(found, adjusted, strict=True)
     ]
-    checks.sort(key=lambda check: (_ORDER.index(check.outcome), check.retention.value / check.retention.floor))
+    checks.sort(key=_severity)
     outcome = worst([check.outcome for check in checks])
     if remarks and outcome is stats.Outcome.PASS:
         outcome = stats.Outcome.INCONCLUSIVE
@@ -170,10 +181,17 @@ def _check(metric: str, name: str, retention: stats.Retention, alpha: float, p_f
     return Check(metric, name, retention, outcome, needs)
 
 
+def _severity(check: Check) -> tuple[int, float]:
+    kept = check.retention.value / check.retention.floor
+    return _ORDER.index(check.outcome), -math.inf if math.isnan(kept) else kept
+
+
 def _needs(metric: str, floor: FloorFile, student: Evidence) -> int:
     """A covariance of d dimensions out of fewer than 2 d pictures is too far off for the jackknife to mend."""
     if metric in ("fd", "patch_fd"):
         return 2 * student.dimensions
+    if metric in SET_METRICS:
+        return floor.min_prompts * student.pictures_per_prompt
     return LATENCY_RUNS if metric == "latency" else floor.min_prompts
 
 
@@ -190,23 +208,24 @@ def worst(outcomes: Sequence[stats.Outcome]) -> stats.Outcome:
 
 def _retentions(
     floor: Floor, student: Evidence, teacher: Evidence, suite: suites.Suite, confidence: float
-) -> Iterator[tuple[str, stats.Retention]]:
-    """The slices of a floor. confidence: of the interval, two-sided."""
+) -> list[tuple[str, stats.Retention]]:
+    """The slices of a floor, one at least. confidence: of the interval, two-sided."""
+    found: list[tuple[str, stats.Retention | None]] = []
     if floor.metric == "latency":
-        if len(student.latency_s):
-            yield (
-                "one picture",
-                stats.bootstrap_retention(teacher.latency_s, student.latency_s, floor.retention, confidence=confidence),
-            )
-    elif floor.metric in SET_METRICS:
-        if floor.metric in student.sets:
-            ours, theirs = student.sets[floor.metric], teacher.sets[floor.metric]
-            yield "all prompts", stats.jackknife_retention(theirs, ours, floor.retention, student.pictures, confidence)
+        times = (teacher.latency_s, student.latency_s)
+        found = [("one picture", stats.bootstrap_retention(*times, floor.retention, confidence=confidence))]
+    elif floor.metric in SET_METRICS and floor.metric in student.sets:
+        ours, theirs = student.sets[floor.metric], teacher.sets[floor.metric]
+        kept = stats.jackknife_retention(theirs, ours, floor.retention, student.pictures, confidence)
+        found = [("all prompts", kept)]
     elif floor.metric in student.scores:
-        for name, members in slices(suite, floor.over):
-            retention = score_retention(floor.metric, student, teacher, members, floor.retention, confidence)
-            if retention is not None:
-                yield name, retention
+        found = [
+            (name, score_retention(floor.metric, student, teacher, members, floor.retention, confidence))
+            for name, members in slices(suite, floor.over)
+        ]
+    measured = [(name, retention) for name, retention in found if retention is not None]
+    nothing = stats.Retention(math.nan, (None, None), floor.retention, 1.0, 1.0, 0)
+    return measured or [(floor.over.replace("_", " "), nothing)]
 
 
 def score_retention(

@@ -85,7 +85,7 @@ class Ruler:
             large = [min(image.shape[:2]) >= self.protocol.crop_px for image in batch]
             native = [image if fits else small for image, fits, small in zip(batch, large, whole, strict=True)]
             writer.add(whole, native)
-        return writer.sets(None if truth.groups is None else truth.groups % stats.GROUPS)
+        return writer.sets(None if truth.places is None else self.suite.groups[truth.places])
 
     def kept(self, sets: Sets, prompts: NDArray[np.int64]) -> Sets:
         """Without the excluded prompts. prompts: (N,), the place of each picture's prompt in the suite."""
@@ -102,8 +102,8 @@ class Ruler:
     def measure(self, gallery: images.Gallery, teacher: images.Gallery, text_vectors: Tensor) -> Measured:
         """Stream one entrant's pictures; `teacher` may be the same gallery. text_vectors: (P, d), of each prompt."""
         everyone = [(index, each) for index, each in enumerate(self.suite.prompts) if each.id not in self.excluded]
-        standard = np.array([index for index, prompt in everyone if not prompt.edge_case])
-        groups = np.repeat(standard, self.protocol.images_per_prompt) % stats.GROUPS
+        standard = [index for index, prompt in everyone if not prompt.edge_case]
+        groups = self.suite.groups[standard].repeat(self.protocol.images_per_prompt)
         writer = _SetWriter(self, len(groups))
         sheet = _ScoreSheet(len(self.suite.prompts))
         each = self.protocol.images_per_prompt

@@ -105,7 +105,7 @@ def _column(key: str, report: Mapping[str, Any]) -> dict[str, Any]:
 def _summary(row: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """One student in a sentence."""
     teacher = report["rows"][0]
-    metric = "prompt_accuracy" if "prompt_accuracy" in row["slices"] else "clip_score"
+    metric = next(name for name in gate.PROMPT_METRICS if "all prompts" in row["slices"].get(name, {}))
     kept = row["slices"][metric]["all prompts"]
     edge = row["slices"][metric].get("all edge cases")
     faster = teacher["speed"]["latency_s"] / row["speed"]["latency_s"]
@@ -147,8 +147,9 @@ def _bar(name: str, entry: Mapping[str, Any] | None, steps: int) -> list[Bar]:
     if entry is None or entry.get("retention") is None:
         return []
     low, high = entry["retention_interval"]
+    said = ("?" if end is None else f"{end:.3f}" for end in (low, high))
+    text = f"{entry['retention']:.3f} [{', '.join(said)}]"
     low, high = (0.0 if low is None else low), (_AXIS if high is None else high)
-    text = f"{entry['retention']:.3f} [{low:.3f}, {high:.3f}]"
     left, middle, right = (min(max(value, 0), _AXIS) / _AXIS * 100 for value in (low, entry["retention"], high))
     return [Bar(name, entry["prompts"], steps, entry["band"], left, middle, right, text)]
 

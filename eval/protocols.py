@@ -173,6 +173,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="general",
+            floor="general",
             about="704 prompts in 23 strata for SDXL-class models; the student against its teacher, without a truth.",
             prompts="general",
             images_per_prompt=2,
@@ -185,6 +186,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="coco17-5k-512-vitg14",
+            floor="coco",
             about="5,000 captions of COCO 2017 at 512 px, CLIP ViT-g/14 (Sauer et al. 2023, section 4). The paper does "
             "not say which caption of an image, which crop, which FID code: here the first, the centre, clean-fid's.",
             prompts=_coco17,
@@ -208,6 +210,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="coco14-10k-512",
+            floor="coco",
             about="10,000 captions of COCO 2014 at 512 px, clean-fid and patch FID of 299 px (Yin et al. 2024, DMD2).",
             prompts=_lines("coco10k/all_prompts.txt", 10_000),
             resolution_px=512,
@@ -231,6 +234,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="coco14-30k-256",
+            floor="coco",
             about="30,000 captions of COCO 2014 at 256 px against all of val2014 (Kang et al. 2023, GigaGAN).",
             prompts=_lines("coco2014/captions_coco14_test.txt", 30_000),
             resolution_px=256,
@@ -256,6 +260,7 @@ PROTOCOLS = {
         ),
         Protocol(
             id="mlperf-sdxl-5k",
+            floor="mlperf",
             about="MLPerf inference's accuracy run of SDXL: one fixed noise, 20 Euler steps, guidance 8, 1024 px.",
             prompts=_mlperf,
             resolution_px=1024,

@@ -1,6 +1,7 @@
 """What generated pictures are held against: renders of the shapes domain, true pictures, or stored moments."""
 
 import dataclasses
+import hashlib
 import pathlib
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,15 +19,15 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pictures:
-    """True pictures, in batches. name: for the fingerprint. groups: (M,), the place of each one's prompt in the suite.
+    """True pictures, in batches. name: for the fingerprint. places: (M,), of each one's prompt in the suite.
 
-    groups None: they belong to no prompt. A picture is brought to its protocol's resolution only where it is measured
+    places None: they belong to no prompt. A picture is brought to its protocol's resolution only where it is measured
     whole, so that crops are of native pixels.
     """
 
     name: str
     count: int
-    groups: NDArray[np.int64] | None
+    places: NDArray[np.int64] | None
     sources: Sequence[pathlib.Path] | Sequence[tuple[scenes.Prompt, int]]
 
     def batches(self, size: int) -> Iterator[list[NDArray[np.uint8]]]:
@@ -61,17 +62,18 @@ def open_reference(
 
 def renders(suite: suites.Suite, each: int, seed: int) -> Pictures | None:
     """`each` true pictures of every standard prompt, what it leaves open being drawn; None if one asks for nothing."""
-    standard = [(index, prompt) for index, prompt in enumerate(suite.prompts) if not prompt.edge_case]
-    if any(prompt.asks is None for _, prompt in standard):
+    asked = [suite.prompts[place] for place in suite.standard]
+    if any(prompt.asks is None for prompt in asked):
         return None
     sources = [
         (prompt.asks, images.item_seed(prompt.id, number, seed) + 2**32)
-        for _, prompt in standard
+        for prompt in asked
         for number in range(each)
         if prompt.asks is not None
     ]
-    groups = np.repeat([index for index, _ in standard], each)
-    return Pictures(f"renders of {len(sources)} scenes, seed {seed}", len(sources), groups, sources)
+    return Pictures(
+        f"renders of {len(sources)} scenes, seed {seed}", len(sources), suite.standard.repeat(each), sources
+    )
 
 
 def _folder(folder: pathlib.Path, suite: suites.Suite | None) -> Pictures:
@@ -82,15 +84,19 @@ def _folder(folder: pathlib.Path, suite: suites.Suite | None) -> Pictures:
     if suite is None:
         if not found:
             raise errors.DataError(f"{folder} holds no pictures ({', '.join(_PICTURES)})")
-        return Pictures(f"{folder.name}, {len(found)} pictures", len(found), None, found)
-    by_stem = {path.stem: path for path in found}
-    lacking = [prompt.id for prompt in suite.prompts if prompt.id not in by_stem]
+        return Pictures(_folder_name(folder, found), len(found), None, found)
+    by_stem, wanted = {path.stem: path for path in found}, [suite.prompts[place].id for place in suite.standard]
+    lacking = [prompt_id for prompt_id in wanted if prompt_id not in by_stem]
     if lacking:
-        raise errors.DataError(
-            f"{folder} lacks {len(lacking)} of {len(suite.prompts)} pictures, {lacking[0]} among them"
-        )
-    chosen = [by_stem[prompt.id] for prompt in suite.prompts]
-    return Pictures(f"{folder.name}, {len(chosen)} pictures", len(chosen), np.arange(len(chosen)), chosen)
+        raise errors.DataError(f"{folder} lacks {len(lacking)} of {len(wanted)} pictures, {lacking[0]} among them")
+    chosen = [by_stem[prompt_id] for prompt_id in wanted]
+    return Pictures(_folder_name(folder, chosen), len(chosen), suite.standard, chosen)
+
+
+def _folder_name(folder: pathlib.Path, paths: Sequence[pathlib.Path]) -> str:
+    """With a hash of names and sizes: another set of pictures is another reference."""
+    listed = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    return f"{folder.name}, {len(paths)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
 
 
 def load_moments(path: pathlib.Path) -> frechet.Gaussian:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval import examine, fingerprint, gate, inception, measure, stats
+from eval import examine, fingerprint, gate, inception, measure, stats, suites
 from eval.fingerprint import Fingerprint, Value
 from eval.metrics import cmmd, mind, precision_recall
 
@@ -84,6 +84,9 @@ class _Fingerprints:
         self._examination = examination
         self._hashes = examination.instruments.sha256()
         self._versions = fingerprint.versions()
+        suite, lost = examination.plan.suite, examination.lost
+        measured = suites.Suite(suite.name, tuple(prompt for prompt in suite.prompts if prompt.id not in lost))
+        self._prompts_sha256 = measured.sha256
         self.table: dict[str, dict[str, Any]] = {}
 
     def keep(self, made: Fingerprint) -> str:
@@ -104,12 +107,14 @@ class _Fingerprints:
             antialias=resizer is not None and resizer.antialias,
             reference=reference,
             samples=_samples(key, result, plan),
-            prompts_sha256=plan.suite.sha256,
+            prompts_sha256=self._prompts_sha256,
             images_per_prompt=plan.protocol.images_per_prompt,
             seed=plan.seed,
             resolution_px=plan.protocol.resolution_px,
             settings=settings,
             versions=self._versions,
+            device=plan.device,
+            code_sha256=fingerprint.code_sha256(),
         )
 
 
@@ -218,7 +223,7 @@ def _row(
         },
         "slices": _slices(examination, result),
         "speed": {
-            "latency_s": timed.median_latency_s,
+            "latency_s": timed.mean_latency_s,
             "latency_runs_s": list(timed.latency_s),
             "batch_size": timed.batch_size,
             "seconds_per_image": timed.seconds_per_image,
@@ -269,32 +274,35 @@ def _check(check: gate.Check) -> dict[str, Any]:
 
 def _slices(examination: examine.Examination, result: examine.Result) -> dict[str, Any]:
     """metric -> slice -> mean, its interval, and the retention against the teacher with its interval."""
-    plan, teacher = examination.plan, examination.results[0]
+    plan = examination.plan
     named = [
         (name, members, over.startswith("edge"))
-        for over in ("all", "category", "edge_cases", "edge_category")
+        for over in gate.OVER
         for name, members in gate.slices(plan.suite, over)
-        if len(members)
     ]
     table: dict[str, dict[str, Any]] = {}
-    for metric in SLICED:
-        scores = result.measured.scores.get(metric)
+    for metric, scores in ((metric, result.measured.scores.get(metric)) for metric in SLICED):
         for name, members, edge in named if scores is not None else ():
-            mean = _mean(scores[members])  # type: ignore[index]
-            if mean is None:
-                continue
-            interval = _interval(metric, scores[members])  # type: ignore[index]
-            entry: dict[str, Any] = {"value": mean, "interval": interval, "prompts": len(members), "edge_case": edge}
-            if result is not teacher and metric in gate.PROMPT_METRICS:
-                kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)
-                if kept is not None and math.isfinite(kept.value):
-                    entry |= {
-                        "retention": kept.value,
-                        "retention_interval": kept.interval,
-                        "band": gate.band(kept.value),
-                    }
-            table.setdefault(metric, {})[name] = entry
+            known = np.asarray(scores)[members]
+            mean = _mean(known)
+            if mean is not None:
+                prompts = int(np.isfinite(known).sum())
+                entry = {"value": mean, "interval": _interval(metric, known), "prompts": prompts, "edge_case": edge}
+                table.setdefault(metric, {})[name] = entry | _retained(examination, result, metric, members)
     return table
+
+
+def _retained(
+    examination: examine.Examination, result: examine.Result, metric: str, members: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The retention of a slice; empty for the teacher, and where there is none."""
+    teacher = examination.results[0]
+    if result is teacher or metric not in gate.PROMPT_METRICS:
+        return {}
+    kept = gate.score_retention(metric, result.evidence, teacher.evidence, members, 1.0, 0.95)
+    if kept is None or not math.isfinite(kept.value):
+        return {}
+    return {"retention": kept.value, "retention_interval": kept.interval, "band": gate.band(kept.value)}
 
 
 def _plain(content: Any) -> Any:

@@ -20,6 +20,8 @@ import torch
 from diffusion_kd import errors, files
 from eval import examine, gate, page, processes, protocols, report, stats, suites
 
+_log = logging.getLogger(__name__)
+
 EXIT_CODES = {stats.Outcome.PASS: 0, stats.Outcome.FAIL: 1, stats.Outcome.INCONCLUSIVE: 2}
 EXIT_ERROR = 3
 
@@ -134,8 +136,8 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
             return None
         given = sys.argv[1:] if arguments is None else list(arguments)
         written = report.build(examination, shlex.join(["python", "-m", "eval.run", *given]))
-        texts = {report.REPORT_NAME: report.to_json(written), report.PAGE_NAME: page.render(written, examination)}
-        report.write(out, texts)
+        report.write(out, {report.REPORT_NAME: report.to_json(written)})
+        report.write(out, {report.PAGE_NAME: page.render(written, examination)})
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -154,6 +156,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = run(arguments)
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+    except Exception:  # noqa: BLE001 - a defect of ours must not end with the code of a verdict
+        _log.exception("this is a defect; please report it with what follows")
         return EXIT_ERROR
     if written is None:
         return 0

@@ -122,10 +122,13 @@ def jackknife_retention(
     """Of set distances: the teacher's over the student's, as less is better.
 
     Tests `numerator - floor * denominator` against Student's t; the interval holds every floor that such a test would
-    not reject (Fieller 1954), so it may be open on a side where the denominator is not clearly above 0.
+    not reject (Fieller 1954), so there is none where the denominator is not clearly above 0. The value is the ratio of
+    the distances without their bias; NaN where the student's is not above 0, and so as good as can be told.
     """
-    gap = numerator.corrected - floor * denominator.corrected
     groups = len(numerator.without)
+    if groups < 2:
+        return Retention(math.nan, (None, None), floor, 1.0, 1.0, samples)
+    gap = numerator.corrected - floor * denominator.corrected
     (aa, ab), (_, bb) = (groups - 1) * np.cov(numerator.without, denominator.without, bias=True)
     error = math.sqrt(max(aa - 2 * floor * ab + floor**2 * bb, 0.0))
     if error == 0:
@@ -134,7 +137,7 @@ def jackknife_retention(
         p_below = float(scipy.stats.t.sf(gap / error, groups - 1))
     t = _t_quantile((1 + confidence) / 2, groups)
     interval = _fieller(numerator.corrected, denominator.corrected, t**2 * aa, t**2 * ab, t**2 * bb)
-    value = numerator.whole / denominator.whole if denominator.whole else math.inf
+    value = numerator.corrected / denominator.corrected if denominator.corrected > 0 else math.nan
     return Retention(value, interval, floor, p_below, 1 - p_below, samples)
 
 

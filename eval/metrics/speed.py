@@ -29,8 +29,8 @@ class Speed:
     peak_memory_gb: float | None
 
     @property
-    def median_latency_s(self) -> float:
-        return statistics.median(self.latency_s)
+    def mean_latency_s(self) -> float:
+        return statistics.fmean(self.latency_s)
 
     def cost_usd(self, price_per_hour_usd: float) -> float:
         """Of one picture on a machine at that price which makes nothing but full batches."""

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from diffusion_kd import errors
 from diffusion_kd.shapes import scenes
+from eval import stats
 
 BUILT_IN = {name: pathlib.Path(__file__).parent / f"{name}.jsonl" for name in ("shapes", "general")}
 _KEYS = {"id": str, "category": str, "edge_case": bool, "text": str}
@@ -47,6 +48,13 @@ class Suite:
     def standard(self) -> NDArray[np.int64]:
         """Places of the prompts that are no edge cases."""
         return np.array([place for place, prompt in enumerate(self.prompts) if not prompt.edge_case], dtype=np.int64)
+
+    @functools.cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """Jackknife group of each prompt, (P,), standard prompts dealt out in turn; -1 for an edge case."""
+        groups = np.full(len(self.prompts), -1)
+        groups[self.standard] = np.arange(len(self.standard)) % stats.GROUPS
+        return groups
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -82,6 +90,7 @@ def load(name_or_path: str) -> Suite:
     return checked(name_or_path if name_or_path in BUILT_IN else path.name, prompts)
 
 
+_RESERVED = {"all prompts", "all edge cases"}
 _EXAMPLE = '{"id": "dogs-001", "category": "animals", "edge_case": false, "text": "a dog asleep on a red sofa"}'
 
 
@@ -92,6 +101,12 @@ def checked(name: str, prompts: Sequence[Prompt]) -> Suite:
     if repeated:
         raise errors.DataError(
             f"{name} has several prompts with the id {repeated[0]!r}; {len(repeated)} ids are repeated"
+        )
+    kinds = {edge: {prompt.category for prompt in prompts if prompt.edge_case == edge} for edge in (False, True)}
+    if doubtful := (kinds[False] & kinds[True]) | ((kinds[False] | kinds[True]) & _RESERVED):
+        raise errors.DataError(
+            f"{name}: category {sorted(doubtful)[0]!r} holds standard prompts and edge cases, or is a name of the "
+            f"report's own ({', '.join(sorted(_RESERVED))}); call it otherwise"
         )
     if all(prompt.edge_case for prompt in prompts):
         raise errors.DataError(f"{name} holds edge cases alone; distances of whole sets need standard prompts")
@@ -108,6 +123,8 @@ def _parse(line: str, where: str) -> Prompt:
     for key, kind in _KEYS.items():
         if not isinstance(fields.get(key), kind):
             raise errors.DataError(f"{where}: {key} must be {kind.__name__}, not {fields.get(key)!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in fields["id"] + fields["category"] + fields["text"]):
+        raise errors.DataError(f"{where}: half of a surrogate pair is no text; write the character itself")
     if unknown := fields.keys() - _KEYS.keys() - {"asks"}:
         raise errors.DataError(f"{where}: unknown key {sorted(unknown)[0]!r}; a prompt has {', '.join(_KEYS)} and asks")
     asks = fields.get("asks")

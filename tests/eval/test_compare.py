@@ -21,7 +21,7 @@ def _report(value: float, **changes: Any) -> dict[str, Any]:
         "kid": {"name": "KID[toy]", "value": 1.0, "fingerprint": "y"},
     }
     rows = [{"model": "student", "steps": 1, "guidance_scale": 0.0, "values": values}]
-    return {"schema_version": 2, "rows": rows, "fingerprints": {"x": made, "y": {"metric": "KID[toy]"}}}
+    return {"schema_version": 2, "lost": {}, "rows": rows, "fingerprints": {"x": made, "y": {"metric": "KID[toy]"}}}
 
 
 @pytest.fixture
@@ -47,6 +47,16 @@ def test_what_was_not_is_left_out_and_the_field_is_named(write: Any, capsys: pyt
     assert "-0.5" not in shown
 
 
+def test_what_only_one_of_them_holds_is_told(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    new = _report(1.5)
+    new["rows"].append({**new["rows"][0], "steps": 4})
+    new["lost"] = {"a": "NaN"}
+    assert compare.main([write("old", _report(2.0)), write("new", new)]) == 0
+    shown = capsys.readouterr().out
+    assert "only in new: student 4 fd, student 4 kid" in shown and "only in old" not in shown
+    assert "new lost prompts" in shown
+
+
 def test_reports_with_nothing_in_common_are_an_error(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     new = _report(1.5, versions={"torch": "2.14.0"})
     del new["rows"][0]["values"]["kid"]
@@ -61,5 +71,7 @@ def test_reports_with_nothing_in_common_are_an_error(write: Any, capsys: pytest.
 def test_what_is_no_report_is_refused(write: Any, content: object, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([write("old", content), write("new", _report(1.0))]) == 3
     assert "schema version" in capsys.readouterr().err
+    assert compare.main([write("damaged", {"schema_version": 2}), write("whole", _report(1.0))]) == 3
+    assert "a report is damaged" in capsys.readouterr().err
     assert compare.main(["nowhere.json", "nowhere.json"]) == 3
     assert "is not a report" in capsys.readouterr().err

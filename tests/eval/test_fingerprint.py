@@ -13,12 +13,13 @@ from eval import fingerprint
 PRINT = fingerprint.Fingerprint(
     metric="FD[toy]", network="toy", network_sha256="a", resizer="area", antialias=True, reference="renders",
     samples=1024, prompts_sha256="b", images_per_prompt=2, seed=0, resolution_px=64, settings={"crop_px": 32},
-    versions={"torch": "2.13.0"},
+    versions={"torch": "2.13.0"}, device="cpu", code_sha256="e",
 )  # fmt: skip
 OTHER: dict[str, Any] = {
     "metric": "FID", "network": "inception", "network_sha256": "c", "resizer": "tf1-bilinear", "antialias": False,
     "reference": "val2014", "samples": 5000, "prompts_sha256": "d", "images_per_prompt": 1, "seed": 1,
-    "resolution_px": 512, "settings": {"crop_px": 16}, "versions": {"torch": "2.14.0"},
+    "resolution_px": 512, "settings": {"crop_px": 16}, "versions": {"torch": "2.14.0"}, "device": "cuda",
+    "code_sha256": "f",
 }  # fmt: skip
 
 

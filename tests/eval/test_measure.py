@@ -139,8 +139,8 @@ def test_an_excluded_prompt_counts_nowhere(
     found = ruler.measure(gallery, gallery, text_vectors)
     assert np.isnan(found.scores["prompt_accuracy"][[3, 30]]).all()
     assert np.isfinite(found.scores["prompt_accuracy"]).sum() == 30
-    assert truth.groups is not None
-    kept = ruler.kept(sets, truth.groups)
+    assert truth.places is not None
+    kept = ruler.kept(sets, truth.places)
     assert (len(found.sets.whole), len(kept.whole), len(kept.patch)) == (46, 92, 92 * 8)
     assert np.array_equal(kept.whole, np.delete(sets.whole, range(12, 16), axis=0))
 

@@ -33,8 +33,8 @@ def test_renders_show_what_is_asked_and_differ_with_seed_and_number(
         asks = suite.prompts[number // 4].asks
         assert asks is not None and oracle.judge(oracle.read(picture), asks).correct
     assert len({picture.tobytes() for picture in (*first, *second)}) == 192
-    assert isinstance(opened[0], reference.Pictures) and opened[0].groups is not None
-    assert opened[0].groups.tolist() == [index for index in range(24) for _ in "abcd"]
+    assert isinstance(opened[0], reference.Pictures) and opened[0].places is not None
+    assert opened[0].places.tolist() == [index for index in range(24) for _ in "abcd"]
 
 
 def test_a_suite_that_asks_for_nothing_known_has_no_renders(
@@ -52,7 +52,7 @@ def test_pictures_of_a_folder_are_fitted_and_cropped_where_they_are_large_enough
     (tmp_path / "photos" / "readme.txt").write_text("no picture")
     opened = reference.open_reference(_folder(protocol), suite, tmp_path, 0)
     assert isinstance(opened, reference.Pictures)
-    assert (opened.count, opened.groups) == (5, None)
+    assert (opened.count, opened.places) == (5, None)
     ruler.protocol = _folder(protocol)
     sets = ruler.reference_sets(opened)
     assert sets.whole.shape == (5, 12)
@@ -68,10 +68,10 @@ def test_a_paired_folder_must_hold_every_prompt_s_picture(
     opened = reference.open_reference(_folder(protocol, paired=True), suite, tmp_path, 0)
     assert isinstance(opened, reference.Pictures)
     assert [path.stem for path in opened.sources if isinstance(path, pathlib.Path)] == [
-        each.id for each in suite.prompts
+        suite.prompts[place].id for place in suite.standard
     ]
     (tmp_path / "photos" / f"{suite.prompts[4].id}.jpg").unlink()
-    with pytest.raises(errors.DataError, match=f"lacks 1 of 32 pictures, {suite.prompts[4].id}"):
+    with pytest.raises(errors.DataError, match=f"lacks 1 of 24 pictures, {suite.prompts[4].id}"):
         reference.open_reference(_folder(protocol, paired=True), suite, tmp_path, 0)
 
 

@@ -369,6 +369,26 @@ def test_two_processes_say_what_one_says(tmp_path: pathlib.Path) -> None:
     assert len(pictures[0]) >= 2 * 60
 
 
+def test_a_defect_of_ours_is_no_verdict(
+    arguments: list[str], models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline, "load_student", lambda name: 1 / 0)
+    assert run.main(arguments) == 3
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_suite_whose_edge_cases_alone_are_asked_still_has_a_report(
+    tmp_path: pathlib.Path, arguments: list[str], models: Models, toy_suite: pathlib.Path
+) -> None:
+    lines = [json.loads(line) for line in toy_suite.read_text().splitlines()]
+    toy_suite.write_text("\n".join(json.dumps(line if line["edge_case"] else line | {"asks": None}) for line in lines))
+    assert run.main(arguments) in (1, 2)
+    because = _report(tmp_path)["rows"][1]["verdict"]["because"]
+    assert _report(tmp_path)["reference"] == "none"
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    assert because
+
+
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run.main(["--help"])

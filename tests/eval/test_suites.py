@@ -98,6 +98,13 @@ def test_another_word_or_order_is_another_suite() -> None:
     assert len(hashes) == 3
 
 
+def test_standard_prompts_are_dealt_out_to_groups_wherever_they_stand() -> None:
+    prompts = [suites.Prompt(str(n), f"k{n % 20 == 0}", n % 20 != 0, str(n)) for n in range(100)]
+    suite = suites.Suite("sparse", tuple(prompts))
+    assert suite.groups[suite.standard].tolist() == [0, 1, 2, 3, 4]
+    assert set(suite.groups) == {-1, 0, 1, 2, 3, 4}
+
+
 def test_a_quick_look_keeps_the_strata_and_the_ids() -> None:
     some = SHAPES.thinned(76)
     assert 60 <= len(some.prompts) <= 90
@@ -123,6 +130,12 @@ GOOD = {"id": "a", "category": "c", "edge_case": False, "text": "t"}
         ([json.dumps({**GOOD, "colour": 1})], "unknown key 'colour'"),
         ([json.dumps(GOOD), json.dumps({**GOOD, "text": "u"})], "several prompts with the id 'a'"),
         ([json.dumps({**GOOD, "edge_case": True})], "edge cases alone"),
+        (
+            [json.dumps(GOOD), json.dumps({**GOOD, "id": "b", "edge_case": True})],
+            "category 'c' holds standard prompts and edge",
+        ),
+        ([json.dumps({**GOOD, "category": "all prompts"})], "a name of the"),
+        ([json.dumps({**GOOD, "text": "\ud800"})], "surrogate"),
         ([json.dumps({**GOOD, "asks": {"objects": [{"shape": "cube"}]}})], "no shape 'cube'"),
         ([json.dumps({**GOOD, "asks": [1]})], "asks must hold objects"),
     ],

@@ -36,10 +36,17 @@ def test_one_dimension_is_the_squared_wasserstein_distance_times_three() -> None
     assert mind.mind(one, other, projections=3) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_larger_set_is_thinned() -> None:
-    found = mind.mind(_features(400), _features(40, seed=1))
-    assert found == mind.mind(_features(400), _features(40, seed=1))
-    assert found != mind.mind(_features(400), _features(40, seed=1), seed=3)
+def test_a_set_and_its_double_are_no_distance_apart() -> None:
+    assert mind.mind(_features(40), np.tile(_features(40), (3, 1))) == 0
+
+
+def test_sets_of_different_size_have_a_jackknife_that_means_something() -> None:
+    """Thinning at random would draw anew for every group that is left out."""
+    features, reference = _features(200), np.concatenate([_features(200, seed=1), _features(200, seed=2)])
+    groups = np.arange(200) % 20
+    found = mind.jackknife(features, reference, groups, np.tile(groups, 2))
+    assert abs(found.corrected - found.whole) < 5 * found.whole
+    assert found.standard_error < found.whole
 
 
 def test_a_group_left_out_is_as_if_it_had_never_been() -> None:
