@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from diffusion_kd import errors
 from eval import suites
@@ -111,7 +112,7 @@ def _lines(path: str, count: int) -> Callable[[pathlib.Path], suites.Suite]:
     """The first `count` lines of a text file, one prompt each."""
 
     def read(data: pathlib.Path) -> suites.Suite:
-        texts = _read(data / path).splitlines()
+        texts = _read(data / path).rstrip("\n").split("\n")
         if len(texts) < count:
             raise errors.DataError(f"{data / path} has {len(texts)} lines; this protocol asks {count} prompts")
         prompts = [suites.Prompt(f"{number:05d}", "coco", False, text) for number, text in enumerate(texts[:count])]
@@ -148,7 +149,14 @@ _VIT_B = Requirement(
 )
 _COCO17_CAPTIONS, _MLPERF_CAPTIONS = "coco2017/annotations/captions_val2017.json", "mlperf/captions_source.tsv"
 _MLPERF = "https://github.com/mlcommons/inference/raw/master/text_to_image"
-_VIT_G_CLIP = f"open_clip:ViT-g-14:{_VIT_G.path}"
+_WEIGHTS = (_INCEPTION, _VIT_G, _ALEXNET)
+_NETWORKS: dict[str, Any] = {
+    "features": f"inception:clean:{_INCEPTION.path}",
+    "clip": f"open_clip:ViT-g-14:{_VIT_G.path}",
+    "distance": f"lpips-alex:{_ALEXNET.path}",
+}
+"""Of all protocols of true pictures but MLPerf's."""
+
 
 PROTOCOLS = {
     protocol.id: protocol
@@ -179,10 +187,8 @@ PROTOCOLS = {
             images_per_prompt=2,
             resolution_px=512,
             reference=None,
-            features=f"inception:clean:{_INCEPTION.path}",
-            clip=_VIT_G_CLIP,
-            distance=f"lpips-alex:{_ALEXNET.path}",
-            requirements=(_INCEPTION, _VIT_G, _ALEXNET),
+            **_NETWORKS,
+            requirements=_WEIGHTS,
         ),
         Protocol(
             id="coco17-5k-512-vitg14",
@@ -193,9 +199,7 @@ PROTOCOLS = {
             resolution_px=512,
             reference="coco2017/val2017",
             paired=True,
-            features=f"inception:clean:{_INCEPTION.path}",
-            clip=_VIT_G_CLIP,
-            distance=f"lpips-alex:{_ALEXNET.path}",
+            **_NETWORKS,
             requirements=(
                 Requirement(
                     _COCO17_CAPTIONS, "http://images.cocodataset.org/annotations/annotations_trainval2017.zip, unpacked"
@@ -203,9 +207,7 @@ PROTOCOLS = {
                 Requirement(
                     "coco2017/val2017", "http://images.cocodataset.org/zips/val2017.zip, unpacked (5,000 images)"
                 ),
-                _INCEPTION,
-                _VIT_G,
-                _ALEXNET,
+                *_WEIGHTS,
             ),
         ),
         Protocol(
@@ -216,10 +218,8 @@ PROTOCOLS = {
             resolution_px=512,
             guidance_scale=6.0,
             reference="coco10k/subset",
-            features=f"inception:clean:{_INCEPTION.path}",
-            clip=_VIT_G_CLIP,
+            **_NETWORKS,
             clip_prefix="A photo depicts ",
-            distance=f"lpips-alex:{_ALEXNET.path}",
             requirements=(
                 Requirement(
                     "coco10k/all_prompts.txt",
@@ -227,9 +227,7 @@ PROTOCOLS = {
                     "all_prompts.pkl as text, one prompt a line (a pickle can run anything: look before you open it)",
                 ),
                 Requirement("coco10k/subset", "the folder of that name in the same archive (10,000 images)"),
-                _INCEPTION,
-                _VIT_G,
-                _ALEXNET,
+                *_WEIGHTS,
             ),
         ),
         Protocol(
@@ -240,11 +238,9 @@ PROTOCOLS = {
             resolution_px=256,
             guidance_scale=3.0,
             reference="coco2014/val2014",
-            features=f"inception:clean:{_INCEPTION.path}",
-            clip=_VIT_G_CLIP,
+            **_NETWORKS,
             clip_prefix="A photo depicts ",
             crop_px=128,
-            distance=f"lpips-alex:{_ALEXNET.path}",
             requirements=(
                 Requirement(
                     "coco2014/captions_coco14_test.txt",
@@ -253,9 +249,7 @@ PROTOCOLS = {
                 Requirement(
                     "coco2014/val2014", "http://images.cocodataset.org/zips/val2014.zip, unpacked (40,504 images)"
                 ),
-                _INCEPTION,
-                _VIT_G,
-                _ALEXNET,
+                *_WEIGHTS,
             ),
         ),
         Protocol(

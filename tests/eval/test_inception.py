@@ -41,7 +41,8 @@ def test_tf1_is_torch_fidelity_s_own(inception_weights: pathlib.Path, images_uin
 
 
 def test_clean_is_clean_fid_s_resizer(images_uint8: np.ndarray, inception_weights: pathlib.Path) -> None:
-    resize = pytest.importorskip("cleanfid.resize", reason="clean-fid is not a dependency; install it to compare")
+    from cleanfid import resize
+
     network = inception.InceptionFeatures(inception_weights, "clean")
     theirs = np.stack([resize.make_resizer("PIL", False, "bicubic", (299, 299))(image) for image in images_uint8])
     levels = torch.from_numpy(images_uint8).permute(0, 3, 1, 2).float()
