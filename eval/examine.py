@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import tqdm
 
 from diffusion_kd import errors, pipeline
 from eval import checkpoints, gate, images, measure, networks, processes, protocols, reference, stats, suites
@@ -229,7 +230,8 @@ class _Judges:
         speeds = _time([gallery.entrant for gallery in galleries], plan)
         remarks = [_INCOMPLETE.format(len(lost), len(plan.suite.prompts))] if lost else []
         results: list[Result] = []
-        for measured, timed, gallery, strip in zip(found, speeds, galleries, strips, strict=True):
+        everything = zip(found, speeds, galleries, strips, strict=True)
+        for measured, timed, gallery, strip in tqdm.tqdm(everything, desc="distances", total=len(found)):
             first = results[0] if results else None
             results.append(self._result(measured, timed, truth, first, remarks, gallery, strip))
         return Examination(
