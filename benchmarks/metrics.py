@@ -46,9 +46,11 @@ def _gallery(suite: suites.Suite, cache: pathlib.Path) -> images.Gallery:
     return gallery
 
 
-def measure_once(pictures: int, cache: pathlib.Path) -> None:
-    """Print seconds of each part and the peak memory of this process."""
-    suite, protocol = _suite(pictures // 2), protocols.named("shapes")
+def measure_once(pictures: int, cache: pathlib.Path, crops: int, references: int) -> None:
+    """Print seconds of each part and the peak memory of this process. crops, references: of a picture, of a prompt."""
+    shapes = protocols.named("shapes")
+    suite = _suite(pictures // 2)
+    protocol = dataclasses.replace(shapes, crops_per_image=crops, references_per_prompt=references)
     plan, _ = run.plan(["--cache", str(cache)])
     gallery = _gallery(suite, cache)
     instruments = networks.load(protocol, plan.data, torch.device(plan.device))
@@ -85,13 +87,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, nargs="*", default=[2_000, 5_000, 20_000])
     parser.add_argument("--cache", type=pathlib.Path, default=pathlib.Path("runs/cache"))
     parser.add_argument("--once", type=int, help=argparse.SUPPRESS)
+    shapes = protocols.named("shapes")
+    parser.add_argument("--crops", type=int, default=shapes.crops_per_image)
+    parser.add_argument("--references", type=int, default=shapes.references_per_prompt)
     given = parser.parse_args()
     if given.once:
-        measure_once(given.once, given.cache)
+        measure_once(given.once, given.cache, given.crops, given.references)
         return
     for pictures in given.pictures:
         _gallery(_suite(pictures // 2), given.cache)  # painted here, so that it counts for nothing there
         command = ["-m", "benchmarks.metrics", "--once", str(pictures), "--cache", str(given.cache)]
+        command += ["--crops", str(given.crops), "--references", str(given.references)]
         sys.stdout.write(subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout)
         sys.stdout.flush()
 

@@ -187,18 +187,23 @@ class _SetWriter:
         if keep.any():
             kept = (image for image, is_kept in zip(native, keep, strict=True) if is_kept)
             self._whole[rows] = vectors[torch.from_numpy(keep)].numpy()
-            for number, image in zip(range(rows.start, rows.stop), kept, strict=True):
-                self._add_crops(number, image)
+            self._add_crops(rows.start, list(kept))
             if not self._shared:
                 self._clip[rows] = clip[torch.from_numpy(keep)].numpy()
         self._row = rows.stop
         return vectors, clip
 
-    def _add_crops(self, number: int, image: NDArray[np.uint8]) -> None:
-        each, protocol = self._ruler.protocol.crops_per_image, self._ruler.protocol
-        places = range(number * each, (number + 1) * each)
-        crops = np.stack([patches.crop(image, protocol.crop_px, place) for place in places])
-        self._patch[places.start : places.stop] = self._ruler.vectors(self._ruler.instruments.features, crops).numpy()
+    def _add_crops(self, row: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        """Of the pictures from `row` on, all in one call of the network; a crop's place follows from its own row."""
+        each, size_px = self._ruler.protocol.crops_per_image, self._ruler.protocol.crop_px
+        first = row * each
+        crops = [
+            patches.crop(picture, size_px, first + number * each + place)
+            for number, picture in enumerate(pictures)
+            for place in range(each)
+        ]
+        found = self._ruler.vectors(self._ruler.instruments.features, np.stack(crops))
+        self._patch[first : first + len(crops)] = found.numpy()
 
     def sets(self, groups: NDArray[np.int64] | None) -> Sets:
         assert self._row == len(self._whole), f"{self._row} of {len(self._whole)} rows were written"

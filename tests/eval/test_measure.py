@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_kd import errors
 from eval import images, measure, networks, processes, protocols, reference, sampling, suites
-from eval.metrics import frechet
+from eval.metrics import frechet, kid
 
 Make = Callable[..., images.Entrant]
 
@@ -166,6 +166,23 @@ def test_distances_are_those_of_the_features(
     stored = measure.distances(mine, frechet.Gaussian.fit(sets.whole))
     assert set(stored) == {"fd"}
     assert stored["fd"].whole == pytest.approx(near["fd"].whole, rel=1e-9)
+
+
+def test_a_group_leaves_with_its_crops_on_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    groups, other_groups = np.arange(40) % 4, np.arange(80) % 4
+
+    def sets(count: int, labels: np.ndarray) -> measure.Sets:
+        whole = rng.standard_normal((count, 5)).astype(np.float32)
+        return measure.Sets(whole, whole, rng.standard_normal((count * 3, 5)).astype(np.float32), labels)
+
+    ours, theirs = sets(40, groups), sets(80, other_groups)
+    found = measure.distances(ours, theirs)
+    for group in range(4):
+        mine, others = ours.patch[groups.repeat(3) != group], theirs.patch[other_groups.repeat(3) != group]
+        assert found["patch_fd"].without[group] == pytest.approx(frechet.frechet_distance(mine, others), rel=1e-6)
+        alone = kid.jackknife(mine, others, np.zeros(len(mine), int), np.zeros(len(others), int)).whole
+        assert found["patch_kid"].without[group] == pytest.approx(alone, rel=1e-6)
 
 
 def test_few_prompts_fill_fewer_groups() -> None:
