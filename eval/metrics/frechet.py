@@ -12,6 +12,8 @@ from diffusion_kd import errors
 from eval import stats
 
 Matrix = NDArray[np.float64]
+_ROWS = 4096
+"""Vectors that are held in double precision at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,10 @@ class Gaussian:
     @classmethod
     def fit(cls, features: ArrayLike) -> Self:
         """To (N, d), N >= 2, of any real values, with an unbiased covariance. Raises DataError."""
-        values = _checked(np.asarray(features))
-        if len(values) >= values.shape[1]:
-            return cls.of(_Moments.of(values))
+        given = np.asarray(features)
+        if given.ndim == 2 and len(given) >= given.shape[1]:
+            return cls.of(_Moments.of(given))
+        values = _checked(given)
         if len(values) < 2:
             raise errors.DataError(f"a Fréchet distance needs two vectors a set, not {len(values)}")
         mean: Matrix = values.mean(0)
@@ -63,10 +66,13 @@ class _Moments:
 
     @classmethod
     def of(cls, features: NDArray[np.generic], origin: Matrix | None = None) -> "_Moments":
-        values = _checked(features)
-        origin = values.mean(0) if origin is None else origin
-        centred = values - origin
-        return cls(origin, len(values), centred.sum(0), centred.T @ centred)
+        known = _checked(features[:_ROWS]).mean(0) if origin is None else origin
+        total, outer = np.zeros(len(known)), np.zeros((len(known), len(known)))
+        for start in range(0, len(features), _ROWS):
+            centred = _checked(features[start : start + _ROWS]) - known
+            total += centred.sum(0)
+            outer += centred.T @ centred
+        return cls(known, len(features), total, outer)
 
     def without(self, part: "_Moments") -> "_Moments":
         return _Moments(self.origin, self.count - part.count, self.total - part.total, self.outer - part.outer)

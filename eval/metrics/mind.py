@@ -7,7 +7,8 @@ from diffusion_kd import errors
 from eval import stats
 
 PROJECTIONS, SEED = 1000, 2020
-_AT_ONCE = 100
+_AT_ONCE = 20
+"""Directions at a time, which bounds the memory."""
 
 
 def jackknife(

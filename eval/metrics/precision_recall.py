@@ -5,7 +5,8 @@ from torch import Tensor
 from diffusion_kd import errors
 
 NEIGHBOURS = 3
-_BATCH = 1000
+_BATCH = 250
+"""Vectors whose distances to all others are held at a time."""
 
 
 def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
