@@ -1,7 +1,7 @@
 """Generated pictures, kept on disk: a killed run goes on where it was, a second student reuses the teacher's pictures.
 
-A picture is kept under everything that it depends on: the model's files, the settings of the sampler, the code and the
-libraries that ran it, and its own prompt and seed.
+A picture is kept under what it depends on: the model's files, the settings of the sampler, the batch size, the device,
+the code and the libraries that ran it, and its own prompt and seed.
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ def _lines(path: str, count: int) -> Callable[[pathlib.Path], suites.Suite]:
 
 def _mlperf(data: pathlib.Path) -> suites.Suite:
     path = data / _MLPERF_CAPTIONS
-    rows = list(csv.DictReader(_read(path).splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = list(csv.DictReader(_read(path).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
     if len(rows) != 5000 or "caption" not in rows[0] or "id" not in rows[0]:
         raise errors.DataError(f"{path} must hold 5000 rows with id and caption; it has {len(rows)}")
     return suites.checked("mlperf", [suites.Prompt(row["id"], "coco", False, row["caption"]) for row in rows])

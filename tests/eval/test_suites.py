@@ -59,16 +59,6 @@ def test_a_render_of_what_a_standard_prompt_asks_is_right_by_the_oracle() -> Non
         assert oracle.judge(oracle.read(picture), prompt.asks).correct, prompt
 
 
-def test_no_true_picture_was_trained_on() -> None:
-    trained = {scenes.render(scene).tobytes() for scene in scenes.training_scenes(64, 0, siblings=1)}
-    made = {
-        scenes.render(scenes.complete(prompt.asks, np.random.default_rng(0))).tobytes()
-        for prompt in SHAPES.prompts[:64]
-        if prompt.asks is not None
-    }
-    assert not trained & made
-
-
 def test_general_strata_are_those_of_the_field() -> None:
     counts = collections.Counter(prompt.category for prompt in GENERAL.prompts)
     assert {
