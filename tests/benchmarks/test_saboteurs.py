@@ -1,29 +1,32 @@
 """The gate on students of known vice. The shipped student, which is fast, stands for their teacher."""
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from benchmarks import saboteurs
 from diffusion_kd import pipeline
-from eval import gate, images, run, stats
+from eval import gate, images, run, stats, suites
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, gate.Verdict]:
     folder: pathlib.Path = tmp_path_factory.mktemp("saboteurs")
-    plan, _ = run.plan(["--cache", str(folder), "--prompts", "400", "--device", "cpu", "--out", str(folder / "out")])
+    plan, _ = run.plan(["--cache", str(folder), "--device", "cpu", "--out", str(folder / "out")])
+    everything = plan.suite
+    standard = suites.Suite("standard", tuple(everything.prompts[place] for place in everything.standard))
+    plan = dataclasses.replace(plan, suite=standard)
     honest = pipeline.load_student("shapes-student")
-    return saboteurs.judge(plan, images.Entrant("teacher", "shapes-student", honest, "honest", 4, 0.0))
+    return saboteurs.judge(plan, images.Entrant("teacher", "shapes-student", honest, "honest", 1, 0.0))
 
 
 @pytest.mark.parametrize("name", [name for name, metric in saboteurs.CAUGHT_BY.items() if metric])
 def test_each_vice_fails_by_the_metric_that_should_see_it(verdicts: dict[str, gate.Verdict], name: str) -> None:
     verdict = verdicts[name]
     assert verdict.outcome is stats.Outcome.FAIL
-    # Of a third of the pictures: shown by itself, if not always after Holm's correction for the other floors.
-    said = [check for check in verdict.checks if check.metric == saboteurs.CAUGHT_BY[name]]
-    assert any(check.retention.p_above < 0.05 for check in said), [check.sentence() for check in said]
+    missed = {check.metric for check in verdict.checks if check.outcome is stats.Outcome.FAIL}
+    assert saboteurs.CAUGHT_BY[name] in missed
     assert name in saboteurs.table(verdicts)
 
 
