@@ -84,7 +84,7 @@ def render(report: Mapping[str, Any], examination: examine.Examination) -> str:
         floors={(floor.metric, floor.over): floor.retention for floor in examination.plan.floor.floors},
         axis=_AXIS,
         grid=_grid(examination),
-        subject=subject.entrant.label,
+        subject=_title(subject.entrant.model, subject.entrant.steps),
         worst=worst,
         best=best,
         strips=_strips(examination),
@@ -174,7 +174,10 @@ def _row(examination: examine.Examination, index: int, results: Sequence[examine
     prompt = examination.plan.suite.prompts[index]
     asks = prompt.asks is not None and examination.plan.protocol.oracle
     pictures = [
-        _picture(result.gallery, _item(examination, result, index), result.entrant.label, asks) for result in results
+        _picture(
+            result.gallery, _item(examination, result, index), _title(result.entrant.model, result.entrant.steps), asks
+        )
+        for result in results
     ]
     return Row(prompt.text if prompt.text.strip() else f"{prompt.text!r} ({prompt.category})", pictures, note)
 
@@ -235,7 +238,10 @@ def _strips(examination: examine.Examination) -> list[dict[str, Any]]:
     for start in range(0, len(shown[0].strip.items) if shown else 0, examine.STRIP_SEEDS):
         items = shown[0].strip.items[start : start + examine.STRIP_SEEDS]
         lines = [
-            {"label": each.entrant.label, "pictures": [_uri(image) for image in each.strip.read(items)]}
+            {
+                "label": _title(each.entrant.model, each.entrant.steps),
+                "pictures": [_uri(image) for image in each.strip.read(items)],
+            }
             for each in shown
         ]
         strips.append({"prompt": items[0].prompt.text, "lines": lines})
