@@ -84,7 +84,7 @@ def render(report: Mapping[str, Any], examination: examine.Examination) -> str:
         floors={(floor.metric, floor.over): floor.retention for floor in examination.plan.floor.floors},
         axis=_AXIS,
         grid=_grid(examination),
-        subject=_title(subject.entrant.model, subject.entrant.steps),
+        subject=_label(subject),
         worst=worst,
         best=best,
         strips=_strips(examination),
@@ -94,6 +94,10 @@ def render(report: Mapping[str, Any], examination: examine.Examination) -> str:
 
 def _title(model: str, steps: int) -> str:
     return f"{_NAMES[model]}, {steps} step{'s' if steps > 1 else ''}"
+
+
+def _label(result: examine.Result) -> str:
+    return _title(result.entrant.model, result.entrant.steps)
 
 
 def _column(key: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,12 +177,7 @@ def _grid(examination: examine.Examination) -> list[Row]:
 def _row(examination: examine.Examination, index: int, results: Sequence[examine.Result], note: str = "") -> Row:
     prompt = examination.plan.suite.prompts[index]
     asks = prompt.asks is not None and examination.plan.protocol.oracle
-    pictures = [
-        _picture(
-            result.gallery, _item(examination, result, index), _title(result.entrant.model, result.entrant.steps), asks
-        )
-        for result in results
-    ]
+    pictures = [_picture(result.gallery, _item(examination, result, index), _label(result), asks) for result in results]
     return Row(prompt.text if prompt.text.strip() else f"{prompt.text!r} ({prompt.category})", pictures, note)
 
 
@@ -239,7 +238,7 @@ def _strips(examination: examine.Examination) -> list[dict[str, Any]]:
         items = shown[0].strip.items[start : start + examine.STRIP_SEEDS]
         lines = [
             {
-                "label": _title(each.entrant.model, each.entrant.steps),
+                "label": _label(each),
                 "pictures": [_uri(image) for image in each.strip.read(items)],
             }
             for each in shown
