@@ -15,7 +15,7 @@ STUDENT ?= $(or $(wildcard runs/distill/student),shapes-student)
 # For `make lock`: torch stays at this version, and with it torchvision.
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock)
 WEIGHTS := diffusion_kd/shapes/weights
-EXTRAS := train,eval,serve,app,dev
+EXTRAS := train,eval,serve,cluster,otel,app,dev
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

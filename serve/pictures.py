@@ -1,0 +1,66 @@
+"""Images that outlive their answer: a file in the images' folder, a row in the store, a link."""
+
+import datetime
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+from serve import errors
+from serve.engine import encoding
+from serve.store import ImageFolder, Store, records
+
+_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
+
+
+class Pictures:
+    """public_url: of the service, for links to folders that have none of their own. Blocks; call it from threads."""
+
+    def __init__(self, store: Store, folder: ImageFolder, public_url: str) -> None:
+        self._store, self._folder, self._public_url = store, folder, public_url.rstrip("/")
+
+    def record(
+        self, key_id: str, file_format: encoding.Format, ttl_s: float, *, job_id: str | None = None, index: int = 0
+    ) -> records.Image:
+        """What will be known of an image. A job's images have the same ids at each attempt: none is left over."""
+        seed = secrets.token_bytes(32) if job_id is None else f"{job_id}/{index}".encode()
+        name, media_type = hashlib.sha256(seed).hexdigest()[:40], encoding.MEDIA_TYPES[file_format]
+        now = datetime.datetime.now(datetime.UTC)
+        return records.Image(
+            id=f"img_{name}",
+            key_id=key_id,
+            job_id=job_id,
+            path=f"{name[:2]}/{name}{_SUFFIXES[media_type]}",
+            media_type=media_type,
+            created_at=now,
+            expires_at=now + datetime.timedelta(seconds=ttl_s),
+        )
+
+    def keep(self, images: Sequence[records.Image], files: Sequence[bytes]) -> None:
+        """Row before file: what a crash leaves behind is a row, which expires, and never a file that nobody knows."""
+        for image, file in zip(images, files, strict=True):
+            self._store.add_image(image)
+            self._folder.put(image.path, file)
+
+    def write(self, images: Sequence[records.Image], files: Sequence[bytes]) -> None:
+        """The files alone, of a job whose rows are written with its result."""
+        for image, file in zip(images, files, strict=True):
+            self._folder.put(image.path, file)
+
+    def read(self, image_id: str) -> tuple[bytes, str]:
+        """Bytes and media type. Raises NotFound for an image that is not there, or no longer."""
+        image = self._store.get_image(image_id)
+        try:
+            if image is not None:
+                return self._folder.get(image.path), image.media_type
+        except FileNotFoundError:
+            pass
+        raise errors.NotFound("no such image; it may have expired")
+
+    def url(self, image_id: str) -> str | None:
+        """A link that works until the image expires; None: it has."""
+        image = self._store.get_image(image_id)
+        if image is None:
+            return None
+        left_s = (image.expires_at - datetime.datetime.now(datetime.UTC)).total_seconds()
+        signed = self._folder.signed_url(image.path, max(1, int(left_s)))
+        return signed or f"{self._public_url}/v1/images/{image_id}"

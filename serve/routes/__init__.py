@@ -1,0 +1,1 @@
+"""HTTP: each module a resource. Handlers check, call the service, and answer."""

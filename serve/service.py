@@ -1,0 +1,355 @@
+"""The service without HTTP: what routes, the worker of jobs and the playground call.
+
+A request is planned (does the tier do what is asked?), let through (rate, budget), admitted by the engine or refused at
+once, made, billed, and recorded before it is answered. Cancelling the task that waits frees the device.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import datetime
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any
+
+from serve import budgets, catalogue, costs, errors, evaluation, pictures, schemas
+from serve.catalogue import Plan
+from serve.engine import engine as engines
+from serve.engine import errors as engine_errors
+from serve.engine.requests import OnPreview, Result, Ticket
+from serve.limits import RateLimiter
+from serve.settings import Settings
+from serve.store import Store, records
+from serve.telemetry import Metrics
+
+_LATENCIES_KEPT = 1000
+_POLL_S = 0.1
+Event = schemas.PartialImageEvent | schemas.CompletedEvent
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bill:
+    """Seconds of the device, and their cost. premium_nanousd: what the premium tier would have cost."""
+
+    device_s: float
+    nanousd: int
+    premium_nanousd: int
+
+
+class Service:
+    """Everything behind the routes. owner: this process among those that share the store."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: engines.Engine,
+        store: Store,
+        pictures_of_store: pictures.Pictures,
+        limiter: RateLimiter,
+        metrics: Metrics,
+        owner: str,
+    ) -> None:
+        self.settings, self.engine, self.store, self.metrics, self.owner = settings, engine, store, metrics, owner
+        self.catalogue = catalogue.Catalogue(engine.models, settings)
+        self.pictures = pictures_of_store
+        self.price = costs.Price(settings.price_per_gpu_hour_usd)
+        self.budgets = budgets.Budgets(store)
+        self.limiter = limiter
+        self.latencies_s = {tier: collections.deque[float](maxlen=_LATENCIES_KEPT) for tier in engine.models}
+        self.evaluation = evaluation.find(engine.models["turbo"], settings.turbo_report)
+        self._anonymous = store.ensure_key("anonymous", "anonymous", ["generate", "admin"], None)
+
+    async def authenticate(self, secret: str | None) -> records.Key:
+        """Whose request it is. Raises Unauthorized where keys are asked for and this is none."""
+        if self.settings.auth == "none":
+            return self._anonymous
+        if secret is None:
+            raise errors.Unauthorized("no API key; send one as Authorization: Bearer dkd_...", code="missing_api_key")
+        key = await asyncio.to_thread(self.store.find_key, secret)
+        if key is None:
+            raise errors.Unauthorized("the API key is not known, or was revoked")
+        return key
+
+    # --- making images ------------------------------------------------------------------------------
+
+    async def generate(
+        self, key: records.Key, body: schemas.GenerationBody, idempotency_key: str | None = None
+    ) -> schemas.ImagesOut:
+        """Images of a body. Raises ServiceError; cancelled, it frees the device within one step."""
+        plan = self.catalogue.plan(body, key.id)
+        if idempotency_key is None:
+            async with self.admitted(key, plan) as (plan, ticket):
+                by_url = body.response_format == "url"
+                made = await self._made(key, plan, ticket, self.settings.image_ttl_s if by_url else None)
+            return await self.render(made.answer, files=made.files)
+        async with self.once(key, idempotency_key, "images", body) as first:
+            if first.answer is None:
+                async with self.admitted(key, plan) as (plan, ticket):
+                    made = await self._made(key, plan, ticket, self._keep_repeatable_s)
+                first.answer = made.answer
+                return await self.render(made.answer, files=made.files)
+        return await self.render(first.answer)
+
+    async def stream(
+        self, key: records.Key, body: schemas.GenerationBody, idempotency_key: str | None = None
+    ) -> AsyncGenerator[Event | None]:
+        """None once the request is admitted, its previews as they come, and each image at the end."""
+        plan = self.catalogue.plan(body, key.id)
+        if idempotency_key is None:
+            async for event in self._stream(key, plan, None):
+                yield event
+            return
+        async with self.once(key, idempotency_key, "images", body) as first:
+            if first.answer is None:
+                async for event in self._stream(key, plan, first):
+                    yield event
+                return
+        yield None
+        for event in _completed(await self.render(first.answer)):
+            yield event
+
+    async def _stream(self, key: records.Key, plan: Plan, first: "First | None") -> AsyncIterator[Event | None]:
+        loop, waiting = asyncio.get_running_loop(), asyncio.Queue[schemas.PartialImageEvent | None]()
+
+        def on_preview(index: int, number: int, file: bytes) -> None:
+            loop.call_soon_threadsafe(waiting.put_nowait, _partial(plan, index, number, file))
+
+        async with self.admitted(key, plan, on_preview) as (plan, ticket):
+            yield None
+            ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.put_nowait, None))
+            while (partial := await waiting.get()) is not None:
+                yield partial
+            made = await self._made(key, plan, ticket, None if first is None else self._keep_repeatable_s)
+        if first is not None:
+            first.answer = made.answer
+        for event in _completed(await self.render(made.answer, files=made.files)):
+            yield event
+
+    @property
+    def _keep_repeatable_s(self) -> float:
+        """An answer that may be asked for again keeps its images as long."""
+        return max(self.settings.image_ttl_s, self.settings.idempotency_ttl_s)
+
+    async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, keep_s: float | None) -> "_Made":
+        """Wait for an admitted request, bill it, record it. keep_s: how long its images are kept; None: not at all."""
+        result = await self.outcome(ticket)
+        bill = self.bill(plan, result)
+        images: list[records.Image] = []
+        if keep_s is not None:
+            images = [self.pictures.record(key.id, plan.request.encoding.format, keep_s) for _ in result.files]
+            await asyncio.to_thread(self.pictures.keep, images, result.files)
+        await asyncio.to_thread(self.store.record_usage, self.usage(key, plan, bill))
+        self.count_cost(plan, bill)
+        return _Made(self.answer(plan, result, bill, images), result.files)
+
+    @contextlib.asynccontextmanager
+    async def admitted(
+        self, key: records.Key, plan: Plan, on_preview: OnPreview | None = None, *, limited: bool = True
+    ) -> AsyncIterator[tuple[Plan, Ticket]]:
+        """A request in the engine, for the time of the block; it is cancelled if the block ends before it is made.
+
+        Yields the plan that is carried out, which may be turbo's, and its ticket. limited: by the key's rate.
+        """
+        if limited:
+            await self.check_rate(key)
+        async with self.budgets.held(key, self.predicted_nanousd(plan)):
+            plan, ticket = self._submit(plan, on_preview)
+            try:
+                yield plan, ticket
+            finally:
+                ticket.cancel()
+
+    def _submit(self, plan: Plan, on_preview: OnPreview | None) -> tuple[Plan, Ticket]:
+        try:
+            return plan, self.engine.submit(plan.request, on_preview)
+        except engine_errors.Draining as error:
+            raise errors.Overloaded(str(error), code="draining", retry_after_s=error.retry_after_s) from None
+        except engine_errors.Busy as error:
+            if (lower := self.catalogue.downgrade(plan)) is None:
+                raise errors.Overloaded(str(error), retry_after_s=error.retry_after_s) from None
+            return self._submit(lower, on_preview)
+
+    async def outcome(self, ticket: Ticket) -> Result:
+        """What the engine made. Raises Internal, or Overloaded where the service closed first."""
+        began_s = time.monotonic()
+        try:
+            result = await asyncio.wrap_future(ticket.future)
+        except engine_errors.Cancelled:
+            raise errors.Overloaded(
+                "the service closed before the images were made; send the request again", code="draining"
+            ) from None
+        except engine_errors.Failed as error:
+            raise errors.Internal(str(error), code=_code(error)) from None
+        self.latencies_s[ticket.request.tier].append(time.monotonic() - began_s)
+        self.metrics.images.labels(ticket.request.tier).inc(len(result.files))
+        return result
+
+    async def check_rate(self, key: records.Key) -> None:
+        wait_s = await self.limiter.take(key.id, key.requests_per_minute)
+        if wait_s is not None:
+            raise errors.RateLimited(
+                f"the key may send {key.requests_per_minute} requests a minute; try again in {wait_s:.1f} s",
+                retry_after_s=wait_s,
+            )
+
+    # --- what it costs ------------------------------------------------------------------------------
+
+    def predicted_nanousd(self, plan: Plan) -> int:
+        """What a plan will cost, as the last requests are measured."""
+        request = plan.request
+        image_s = self.engine.predicted_device_s(request.tier, request.steps, guided=request.guided)
+        return self.price.nanousd(image_s * len(request.seeds))
+
+    def bill(self, plan: Plan, result: Result) -> Bill:
+        device_s = result.compute.device_s
+        cost = self.price.nanousd(device_s)
+        if plan.tier == "premium":
+            return Bill(device_s, cost, cost)
+        premium = self.catalogue.tiers["premium"]
+        guided = premium.default_guidance_scale > 1
+        image_s = self.engine.predicted_device_s("premium", premium.default_steps, guided=guided)
+        return Bill(device_s, cost, self.price.nanousd(image_s * len(result.files)))
+
+    def usage(self, key: records.Key, plan: Plan, bill: Bill) -> records.Usage:
+        """What is recorded of a request."""
+        return records.Usage(
+            key_id=key.id,
+            tier=plan.tier,
+            images=len(plan.request.seeds),
+            compute_ms=1000 * bill.device_s,
+            cost_nanousd=bill.nanousd,
+            premium_cost_nanousd=bill.premium_nanousd,
+            at=datetime.datetime.now(datetime.UTC),
+        )
+
+    def count_cost(self, plan: Plan, bill: Bill) -> None:
+        self.metrics.cost_usd.labels(plan.tier).inc(costs.to_usd(bill.nanousd))
+
+    # --- answers ------------------------------------------------------------------------------------
+
+    def answer(self, plan: Plan, result: Result, bill: Bill, images: Sequence[records.Image]) -> dict[str, Any]:
+        """An answer as it is stored: its images by id, where they are kept."""
+        ids: Sequence[str | None] = [image.id for image in images] if images else [None] * len(result.files)
+        compute = {
+            name: round(1000 * getattr(result.compute, f"{name}_s"), 3) for name in schemas.ComputeMs.model_fields
+        }
+        return {
+            "created": int(time.time()),
+            "images": [{"id": one, "seed": seed} for one, seed in zip(ids, plan.request.seeds, strict=True)],
+            "response_format": plan.body.response_format,
+            "model": plan.tier,
+            "model_version": plan.model_version,
+            "size": plan.size,
+            "output_format": plan.body.output_format,
+            "usage": {
+                "compute_ms": compute,
+                "cost_usd": costs.to_usd(bill.nanousd),
+                "premium_cost_usd": costs.to_usd(bill.premium_nanousd),
+            },
+            "warnings": list(plan.warnings),
+            "downgraded_from": plan.downgraded_from,
+        }
+
+    async def render(
+        self, answer: dict[str, Any], *, files: Sequence[bytes] | None = None, links_only: bool = False
+    ) -> schemas.ImagesOut:
+        """An answer as it is sent. files: its images, if they are at hand; else they are read.
+
+        links_only: by their URL, however they were asked for; null for one that has expired.
+        Raises NotFound for an image that has expired.
+        """
+        by_url = links_only or answer["response_format"] == "url"
+        data = []
+        for index, image in enumerate(answer["images"]):
+            if by_url:
+                url = await asyncio.to_thread(self.pictures.url, image["id"])
+                data.append(schemas.ImageOut(url=url, seed=image["seed"]))
+            else:
+                file = files[index] if files else (await asyncio.to_thread(self.pictures.read, image["id"]))[0]
+                data.append(schemas.ImageOut(b64_json=schemas.to_base64(file), seed=image["seed"]))
+        known = {name: value for name, value in answer.items() if name not in ("images", "response_format")}
+        return schemas.ImagesOut(data=data, **known)
+
+    # --- once --------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def once(
+        self, key: records.Key, idempotency_key: str, kind: str, body: schemas.GenerationBody
+    ) -> AsyncIterator["First"]:
+        """The first of all requests with this key works in the block and leaves its answer; the others are given it.
+
+        kind: what is asked for; images and jobs are different requests. A request that fails is forgotten, so that it
+        can be sent again. Raises Conflict for another body or kind.
+        """
+        claim, fingerprint = (key.id, idempotency_key), schemas.fingerprint(kind, body)
+        while True:
+            found = await asyncio.to_thread(
+                self.store.begin_idempotent,
+                *claim,
+                fingerprint,
+                self.owner,
+                self.settings.lease_s,
+                self.settings.idempotency_ttl_s,
+            )
+            if found.state != "running":
+                break
+            await asyncio.sleep(_POLL_S)
+        if found.state == "conflict":
+            raise errors.Conflict("this Idempotency-Key was used for another request; use a new one")
+        first = First(found.answer)
+        if found.state == "done":
+            yield first
+            return
+        try:
+            yield first
+        finally:
+            if first.answer is None:
+                await asyncio.shield(asyncio.to_thread(self.store.forget_idempotent, *claim, self.owner))
+            else:
+                await asyncio.to_thread(self.store.complete_idempotent, *claim, self.owner, first.answer)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Made:
+    """An answer as it is stored, and its images' files."""
+
+    answer: dict[str, Any]
+    files: Sequence[bytes]
+
+
+@dataclasses.dataclass(slots=True)
+class First:
+    """The stored answer of the first request; None: it is this one."""
+
+    answer: dict[str, Any] | None
+
+
+def _code(error: engine_errors.Failed) -> str:
+    if isinstance(error, engine_errors.OutOfMemory):
+        return "out_of_memory"
+    return "not_finite" if isinstance(error, engine_errors.NotFinite) else "generation_failed"
+
+
+def _partial(plan: Plan, index: int, number: int, file: bytes) -> schemas.PartialImageEvent:
+    return schemas.PartialImageEvent(
+        b64_json=schemas.to_base64(file),
+        partial_image_index=number,
+        image_index=index,
+        created_at=int(time.time()),
+        size=plan.size,
+        output_format=plan.body.output_format,
+    )
+
+
+def _completed(answer: schemas.ImagesOut) -> list[schemas.CompletedEvent]:
+    return [
+        schemas.CompletedEvent(
+            b64_json=image.b64_json or "",
+            image_index=index,
+            seed=image.seed,
+            created_at=answer.created,
+            **answer.model_dump(exclude={"created", "data"}),
+        )
+        for index, image in enumerate(answer.data)
+    ]

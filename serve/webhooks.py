@@ -1,0 +1,508 @@
+"""Signed webhooks: from an outbox to receivers on the public internet, so that no receiver can hold up anything.
+
+Signatures are those of Standard Webhooks 1.0 (https://www.standardwebhooks.com), which has libraries to verify
+them with. Delivery is at least once: `webhook-id` is the delivery's and stays the same over all attempts.
+
+Against requests forged through us (SSRF): a URL is checked when a job is accepted, and at every attempt the name is
+resolved once, every address of it is checked, and the connection goes to an address that was checked. No redirect is
+followed and no proxy of the environment is used.
+
+Knows no database and no engine: the outbox is a protocol of four short calls that block, made in threads.
+"""
+
+import asyncio
+import base64
+import binascii
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import random
+import re
+import secrets
+import socket
+import ssl
+import time
+import urllib.parse
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import httpcore
+
+from diffusion_kd import errors
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S, MOST_BACKOFF_S = 5.0, 6 * 3600.0
+PER_RECEIVER = 2
+"""Attempts under way at once to one host and port."""
+
+_MOST_HELD, _CLAIM = 1000, 100
+"""Deliveries claimed and not yet settled by one process; those claimed in one call."""
+
+_MOST_ANSWER_BYTES = 16 * 1024
+_MOST_URL_CHARACTERS = 2048
+_SECRET_PREFIX = "whsec_"
+_FEWEST_SECRET_BYTES, _MOST_SECRET_BYTES = 24, 64
+_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""(host, port) -> its addresses as text, the preferred one first. Raises OSError."""
+
+
+class WebhookRefused(errors.DiffusionKDError, ValueError):
+    """A webhook URL to which the service will send nothing."""
+
+
+class _AttemptFailed(Exception):
+    """One attempt came to nothing. answered: whether the receiver answered at all. final: no use trying again."""
+
+    def __init__(self, reason: str, *, answered: bool, final: bool = False) -> None:
+        super().__init__(reason)
+        self.answered, self.final = answered, final
+
+
+class Delivery(Protocol):
+    """One message to one receiver. attempts: claims so far, this one included. next_at: when it was due."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def job_id(self) -> str: ...
+    @property
+    def url(self) -> str: ...
+    @property
+    def event(self) -> str: ...
+    @property
+    def payload(self) -> Mapping[str, Any]: ...
+    @property
+    def attempts(self) -> int: ...
+    @property
+    def next_at(self) -> datetime.datetime: ...
+
+
+class Outbox(Protocol):
+    """Where deliveries wait. Its methods block and are called from threads."""
+
+    def claim_deliveries(self, owner: str, limit: int, lease_s: float, /) -> Sequence[Delivery]:
+        """At most `limit` due deliveries, which nobody else is given for `lease_s` seconds."""
+        ...
+
+    def delivery_done(self, delivery_id: str, /) -> object: ...
+
+    def retry_delivery(self, delivery_id: str, next_at: datetime.datetime, error: str, /) -> object: ...
+
+    def fail_delivery(self, delivery_id: str, error: str, /) -> object: ...
+
+
+# --- signatures -------------------------------------------------------------------------------------
+
+
+def new_secret() -> str:
+    """A fresh signing secret of 256 random bits, `whsec_<base64>`."""
+    return _SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def sign(secret: str, message_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
+    """The three headers of Standard Webhooks for one attempt.
+
+    secret: `whsec_<base64 of 24 to 64 bytes>`. timestamp_s: seconds since 1970, when the attempt is made.
+    Raises ConfigError for a secret of another form.
+    """
+    signed = f"{message_id}.{timestamp_s}.".encode() + body
+    signature = base64.b64encode(hmac.digest(_key(secret), signed, hashlib.sha256)).decode()
+    return {"webhook-id": message_id, "webhook-timestamp": str(timestamp_s), "webhook-signature": f"v1,{signature}"}
+
+
+def _key(secret: str) -> bytes:
+    """The bytes behind a secret, which no message of ours repeats."""
+    wanted = (
+        f"{_SECRET_PREFIX} and the base64 of {_FEWEST_SECRET_BYTES} to {_MOST_SECRET_BYTES} random bytes; "
+        f"make one with: echo {_SECRET_PREFIX}$(openssl rand -base64 32)"
+    )
+    try:
+        if not secret.startswith(_SECRET_PREFIX):
+            raise ValueError
+        key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX), validate=True)
+    except (ValueError, binascii.Error):
+        raise errors.ConfigError(f"the webhook secret is not of the form {wanted}") from None
+    if not _FEWEST_SECRET_BYTES <= len(key) <= _MOST_SECRET_BYTES:
+        raise errors.ConfigError(f"the webhook secret holds {len(key)} bytes; it must be {wanted}")
+    return key
+
+
+# --- where a webhook may go -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Target:
+    """A checked URL. host: lower case, an IPv6 address without brackets. path: with the query."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @property
+    def receiver(self) -> str:
+        """Host and port as a Host header has them; safe to log, unlike the path, which may hold a token."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def check_url(url: str, *, allow_private: bool) -> None:
+    """Refuse a webhook URL that cannot be right, before any name is resolved.
+
+    allow_private: whether loopback, link-local and private addresses are allowed; for tests and closed networks.
+    Raises WebhookRefused for another scheme than http(s), a user or password, a missing or malformed host or port,
+    `localhost`, and every spelling of an address that is not public (decimal, octal, hex, IPv4 within IPv6).
+    """
+    _target(url, allow_private=allow_private)
+
+
+def _target(url: str, *, allow_private: bool) -> _Target:
+    if len(url) > _MOST_URL_CHARACTERS:
+        raise WebhookRefused(f"the webhook URL has {len(url)} characters; at most {_MOST_URL_CHARACTERS} will do")
+    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        raise WebhookRefused(
+            f"the webhook URL {url!r} holds a space, a backslash or a character outside ASCII; percent-encode it, "
+            "and give a name outside ASCII as xn--"
+        )
+    try:
+        parts = urllib.parse.urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+    except ValueError as error:
+        raise WebhookRefused(f"the webhook URL {url!r} is malformed: {error}") from None
+    if scheme not in _DEFAULT_PORTS:
+        raise WebhookRefused(f"the webhook URL has the scheme {scheme!r}; it must begin with https:// or http://")
+    if "@" in parts.netloc:
+        raise WebhookRefused("the webhook URL holds a user or password; leave them out, and verify our signature")
+    if port == 0:
+        raise WebhookRefused("the webhook URL has port 0; it must be 1 to 65535")
+    host = host.removesuffix(".")
+    _check_host(host, allow_private=allow_private)
+    query = f"?{parts.query}" if parts.query else ""
+    return _Target(scheme, host, port or _DEFAULT_PORTS[scheme], (parts.path or "/") + query)
+
+
+def _check_host(host: str, *, allow_private: bool) -> None:
+    literal = _literal(host)
+    if literal is None and (len(host) > 253 or not _NAME.fullmatch(host)):
+        raise WebhookRefused(f"the webhook URL's host is {host!r}; it must be the name of a public host")
+    if allow_private:
+        return
+    if literal is not None and not _is_public(literal):
+        raise WebhookRefused(f"the webhook URL's host {host!r} is the address {literal}, which is not public")
+    if host == "localhost" or host.endswith(".localhost"):
+        raise WebhookRefused(f"the webhook URL's host {host!r} is this machine; it must be a public host")
+
+
+def _literal(host: str) -> Address | None:
+    """The address that a host spells in any way a resolver would take, such as `2130706433` or `0x7f.1`; else None."""
+    if ":" in host:
+        with contextlib.suppress(ValueError):
+            return None if "%" in host else ipaddress.IPv6Address(host)
+        return None
+    with contextlib.suppress(OSError):
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    return None
+
+
+def _is_public(address: Address) -> bool:
+    """Whether an address belongs to the public internet; an IPv4 address within an IPv6 one counts as itself."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return _is_public(address.ipv4_mapped)
+        if address in _NAT64:
+            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        inner = (address.sixtofour, *(address.teredo or ()))
+        if address.is_site_local or not all(_is_public(one) for one in inner if one is not None):
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
+
+
+class _CheckedConnections(httpcore.AsyncNetworkBackend):
+    """Connects to names by addresses that were checked, so that a second resolution cannot give another one.
+
+    TLS goes on to ask for, and check the certificate of, the name: httpcore does that above this layer.
+    """
+
+    def __init__(self, resolve: Resolve, *, allow_private: bool) -> None:
+        self._resolve, self._allow_private = resolve, allow_private
+        self._tcp = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._addresses(host, port)
+        each_s = None if timeout is None else timeout / len(addresses)
+        for address in addresses[:-1]:
+            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._tcp.connect_tcp(address, port, each_s, local_address, socket_options)
+        return await self._tcp.connect_tcp(addresses[-1], port, each_s, local_address, socket_options)
+
+    async def _addresses(self, host: str, port: int) -> Sequence[str]:
+        literal = _literal(host)
+        try:
+            addresses = await self._resolve(host, port) if literal is None else [str(literal)]
+        except OSError as error:
+            raise httpcore.ConnectError(f"its name cannot be resolved ({errors.first_line(error)})") from error
+        if not addresses:
+            raise httpcore.ConnectError("its name has no address")
+        if not self._allow_private:
+            for address in addresses:
+                if not _is_public(ipaddress.ip_address(address)):
+                    raise WebhookRefused(f"the webhook's host {host} has the address {address}, which is not public")
+        return addresses
+
+
+# --- delivery ---------------------------------------------------------------------------------------
+
+
+def backoff_s(attempts: int, jitter: float) -> float:
+    """Seconds until the next attempt: 5, 15, 45..., at most 6 hours, less a part so that retries spread.
+
+    attempts: made so far, 1 or more. jitter: in [0, 1]; 1 takes a fifth away.
+    """
+    return float(min(FIRST_BACKOFF_S * 3 ** min(attempts - 1, 20), MOST_BACKOFF_S) * (1 - 0.2 * jitter))
+
+
+def body_of(delivery: Delivery) -> bytes:
+    """What is sent, and signed: `{"type": event, "data": payload}` as JSON in UTF-8, equal for every attempt."""
+    message = {"type": delivery.event, "data": delivery.payload}
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+@dataclasses.dataclass(slots=True)
+class _Receiver:
+    """A host and port. held: deliveries that are under way or wait for it. silent_until_s: on the loop's clock."""
+
+    gate: asyncio.Semaphore = dataclasses.field(default_factory=lambda: asyncio.Semaphore(PER_RECEIVER))
+    held: int = 0
+    silent_until_s: float = 0.0
+
+
+class Deliverer:
+    """Sends what is due in an outbox, each delivery as its own task.
+
+    secret: `whsec_<base64>`. allow_private: see `check_url`. timeout_s: of one attempt, from the resolution of the name
+    to the end of the answer, however slowly it trickles. most_attempts: after them a delivery has failed.
+    concurrency: attempts under way at once, of which one receiver gets `PER_RECEIVER`. poll_s: between two looks at
+    the outbox when nobody wakes it. count: told the outcome of each attempt, `delivered`, `retried` or `failed`.
+    resolve, ssl_context: other than the system's resolver and the usual authorities; for closed networks and tests.
+    Raises ConfigError for a malformed secret.
+
+    When a receiver does not answer at all, deliveries that wait for it are put off with it rather than each waiting
+    for a timeout of its own. When the run ends, attempts under way are dropped; their leases lapse and they are made
+    again.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        *,
+        secret: str,
+        allow_private: bool = False,
+        timeout_s: float = 10.0,
+        most_attempts: int = 8,
+        concurrency: int = 16,
+        poll_s: float = 2.0,
+        count: Callable[[str], object] | None = None,
+        resolve: Resolve | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        errors.require(timeout_s > 0, "timeout_s", timeout_s, "above 0")
+        errors.require(most_attempts >= 1, "most_attempts", most_attempts, "1 or more")
+        errors.require(concurrency >= 1, "concurrency", concurrency, "1 or more")
+        _key(secret)
+        self._outbox, self._secret, self._allow_private = outbox, secret, allow_private
+        self._timeout_s, self._most_attempts, self._poll_s = timeout_s, most_attempts, poll_s
+        self._lease_s = 60 + 4 * timeout_s
+        self._owner = f"webhooks-{uuid.uuid4().hex}"
+        self._count = count
+        self._ssl_context = ssl_context or httpcore.default_ssl_context()
+        # Lookups have threads of their own: a name server that does not answer must not fill those of everybody else.
+        self._lookups = concurrent.futures.ThreadPoolExecutor(2 * concurrency, thread_name_prefix="webhook-lookup")
+        self._connections = _CheckedConnections(resolve or self._look_up, allow_private=allow_private)
+        self._slots = asyncio.Semaphore(concurrency)
+        self._woken = asyncio.Event()
+        self._receivers: collections.defaultdict[str, _Receiver] = collections.defaultdict(_Receiver)
+        self._held: dict[str, asyncio.Task[None]] = {}
+        self._random = random.Random()
+
+    def wake(self) -> None:
+        """Look at the outbox at once. To be called in the event loop's thread."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Deliver until cancelled. Once only; an outbox that fails is logged and asked again."""
+        try:
+            while True:
+                self._woken.clear()
+                if await self._take() == _CLAIM:
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._poll_s):
+                        await self._woken.wait()
+        finally:
+            for task in self._held.values():
+                task.cancel()
+            await asyncio.gather(*self._held.values(), return_exceptions=True)
+            self._lookups.shutdown(wait=False, cancel_futures=True)
+
+    async def _take(self) -> int:
+        """Claim what is due and start a task for each; how many were claimed."""
+        room = min(_CLAIM, _MOST_HELD - len(self._held))
+        if room <= 0:
+            return 0
+        try:
+            claimed = await asyncio.to_thread(self._outbox.claim_deliveries, self._owner, room, self._lease_s)
+        except Exception:  # a database that is away for a while must not end deliveries for good
+            logger.exception("the outbox of webhooks cannot be read; asking again in %g s", self._poll_s)
+            return 0
+        leased_until_s = asyncio.get_running_loop().time() + self._lease_s
+        for delivery in claimed:
+            if delivery.id not in self._held:
+                task = asyncio.create_task(self._settle(delivery, leased_until_s))
+                self._held[delivery.id] = task
+                task.add_done_callback(functools.partial(self._let_go, delivery.id))
+        return len(claimed)
+
+    def _let_go(self, delivery_id: str, _: asyncio.Task[None]) -> None:
+        del self._held[delivery_id]
+
+    async def _settle(self, delivery: Delivery, leased_until_s: float) -> None:
+        """One attempt and what follows from it; raises nothing but cancellation."""
+        try:
+            target = _target(delivery.url, allow_private=self._allow_private)
+            async with self._turn(target.receiver) as receiver:
+                # One that waited so long is somebody's again, perhaps ours.
+                if asyncio.get_running_loop().time() + self._timeout_s < leased_until_s:
+                    await self._attempt(delivery, target, receiver)
+                    await self._delivered(delivery)
+        except WebhookRefused as refusal:
+            await self._failed(delivery, str(refusal), final=True)
+        except _AttemptFailed as failure:
+            await self._failed(delivery, str(failure), final=failure.final)
+        except Exception:  # the lease lapses and it is tried again; the other deliveries go on
+            logger.exception("webhook %s of job %s broke off", delivery.id, delivery.job_id)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[_Receiver]:
+        """Wait for one of the receiver's places, then for one of everybody's."""
+        receiver = self._receivers[name]
+        receiver.held += 1
+        try:
+            async with receiver.gate, self._slots:
+                yield receiver
+        finally:
+            receiver.held -= 1
+            if not receiver.held:
+                self._receivers.pop(name, None)
+
+    async def _attempt(self, delivery: Delivery, target: _Target, receiver: _Receiver) -> None:
+        """Send it once. Raises _AttemptFailed or WebhookRefused unless the receiver answered 2xx."""
+        clock = asyncio.get_running_loop().time
+        if clock() < receiver.silent_until_s:
+            raise _AttemptFailed(f"{target.receiver} did not answer a moment ago", answered=False)
+        try:
+            status = await self._post(delivery, target)
+        except _AttemptFailed:
+            receiver.silent_until_s = clock() + self._timeout_s
+            raise
+        if not 200 <= status < 300:
+            advice = "; redirects are not followed" if 300 <= status < 400 else ""
+            raise _AttemptFailed(f"{target.receiver} answered {status}{advice}", answered=True, final=status == 410)
+
+    async def _post(self, delivery: Delivery, target: _Target) -> int:
+        """The status of the answer. Raises _AttemptFailed where none came."""
+        body = body_of(delivery)
+        headers = sign(self._secret, delivery.id, int(time.time()), body) | {
+            "host": target.receiver,
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "user-agent": "diffusion-kd-webhooks",
+            "connection": "close",
+        }
+        url = httpcore.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
+        request = httpcore.Request(
+            "POST",
+            url,
+            headers=list(headers.items()),
+            content=body,
+            extensions={"timeout": {"connect": self._timeout_s}},
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._exchange(request)
+        except TimeoutError:
+            reason = f"{target.receiver} did not answer within {self._timeout_s:g} s"
+        except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            reason = f"{target.receiver} gave no answer: {errors.first_line(error)}"
+        raise _AttemptFailed(reason, answered=False)
+
+    async def _exchange(self, request: httpcore.Request) -> int:
+        async with httpcore.AsyncHTTPConnection(
+            request.url.origin, ssl_context=self._ssl_context, network_backend=self._connections
+        ) as connection:
+            response = await connection.handle_async_request(request)
+            try:
+                # A little of the answer is read, so that a receiver is not cut off in the middle of an "ok".
+                read = 0
+                async for chunk in response.aiter_stream():
+                    read += len(chunk)
+                    if read >= _MOST_ANSWER_BYTES:
+                        break
+            finally:
+                await response.aclose()
+            return response.status
+
+    async def _look_up(self, host: str, port: int) -> Sequence[str]:
+        look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    async def _delivered(self, delivery: Delivery) -> None:
+        await asyncio.to_thread(self._outbox.delivery_done, delivery.id)
+        self._tell("delivered")
+
+    async def _failed(self, delivery: Delivery, reason: str, *, final: bool) -> None:
+        """Put it off, or give it up."""
+        try:
+            if final or delivery.attempts >= self._most_attempts:
+                await asyncio.to_thread(self._outbox.fail_delivery, delivery.id, reason)
+                logger.warning(
+                    "webhook %s of job %s is given up after attempt %d: %s",
+                    *(delivery.id, delivery.job_id, delivery.attempts, reason),
+                )
+                self._tell("failed")
+                return
+            wait_s = backoff_s(delivery.attempts, self._random.random())
+            next_at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=wait_s)
+            await asyncio.to_thread(self._outbox.retry_delivery, delivery.id, next_at, reason)
+            logger.info("webhook %s of job %s goes again in %.0f s: %s", delivery.id, delivery.job_id, wait_s, reason)
+            self._tell("retried")
+        except Exception:  # the lease lapses and it is tried again; the other deliveries go on
+            logger.exception("what became of webhook %s could not be written down", delivery.id)
+
+    def _tell(self, outcome: str) -> None:
+        if self._count is not None:
+            self._count(outcome)
