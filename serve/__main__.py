@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import pathlib
+import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
@@ -14,22 +15,31 @@ from diffusion_kd import errors
 from serve import api, build, connections, costs, telemetry
 from serve.settings import Settings
 
+_SAME_SIGNAL_S = 1.0
+
 
 class Server(uvicorn.Server):
     """uvicorn, but a first SIGTERM or SIGINT drains while connections are still taken, so that /readyz can say so.
 
-    A second one ends at once. The exit code is 0: a signal that was obeyed is no failure.
+    A second one, a moment later, ends at once; one that comes together with the first is that again, sent to a whole
+    group of processes. The exit code is 0: a signal that was obeyed is no failure.
     """
 
     def __init__(self, config: uvicorn.Config, drain: Callable[[], Awaitable[None]]) -> None:
         super().__init__(config)
         self._drain_first = drain
         self._draining: asyncio.Task[None] | None = None
+        self._asked_s = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or not self.started:
-            self.should_exit = self.force_exit = True
+        if not self.started:
+            self.should_exit = True
             return
+        if self._draining is not None:
+            self.force_exit = time.monotonic() - self._asked_s > _SAME_SIGNAL_S
+            self.should_exit = self.should_exit or self.force_exit
+            return
+        self._asked_s = time.monotonic()
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
