@@ -102,7 +102,9 @@ def _handle_errors(app: FastAPI, metrics: telemetry.Metrics) -> None:
 
     @app.exception_handler(Exception)
     async def of_us(request: Request, error: Exception) -> Response:
-        return refuse(request, errors.Internal("the service failed"))
+        answer = refuse(request, errors.Internal("the service failed"))
+        answer.headers["X-Request-ID"] = request.state.request_id  # this handler stands outside all middleware
+        return answer
 
 
 def invalid(error: RequestValidationError) -> errors.InvalidField:

@@ -73,8 +73,8 @@ def configure_logging(form: Literal["json", "console"], level: str = "info") -> 
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
-    # They tell of every connection and request of ours to others.
-    for name in ("httpcore", "httpx", "botocore", "s3fs"):
+    # They tell of every connection and request of ours to others, and of every look at the schema.
+    for name in ("alembic", "httpcore", "httpx", "botocore", "s3fs"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
@@ -207,14 +207,14 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         request = _Request(scope, receive, send)
-        # A connection's next request may be handled in the context of the one before.
+        # A pipelined request is handled in a copy of the context of the one before. At the end nothing is cleared, so
+        # that what servers log of a failed request has its id.
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request.id)
         try:
             await self._app(scope, request.receive, request.send)
         finally:
             self._note(request)
-            structlog.contextvars.clear_contextvars()
 
     def _note(self, request: "_Request") -> None:
         taken_s, route = time.perf_counter() - request.started_s, request.route

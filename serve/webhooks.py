@@ -286,9 +286,8 @@ def backoff_s(attempts: int, jitter: float) -> float:
 
 
 def body_of(delivery: Delivery) -> bytes:
-    """What is sent, and signed: `{"type": event, "data": payload}` as JSON in UTF-8, equal for every attempt."""
-    message = {"type": delivery.event, "data": delivery.payload}
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    """What is sent, and signed: the payload as JSON in UTF-8, equal for every attempt."""
+    return json.dumps(delivery.payload, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @dataclasses.dataclass(slots=True)
