@@ -133,5 +133,9 @@ class Settings(pydantic_settings.BaseSettings):
         if not self.images.startswith("s3://"):
             return {}
         secret = self.s3_secret_key.get_secret_value() if self.s3_secret_key else None
-        options = {"endpoint_url": self.s3_endpoint_url, "key": self.s3_access_key, "secret": secret}
-        return {name: value for name, value in options.items() if value is not None}
+        return {
+            "endpoint_url": self.s3_endpoint_url,
+            "public_endpoint_url": self.s3_public_endpoint_url,
+            "key": self.s3_access_key,
+            "secret": secret,
+        }
