@@ -22,12 +22,12 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher distill evaluate test check format lock ship-teacher ship-student clean
+.PHONY: help install demo teacher distill evaluate serve test check format lock ship-teacher ship-student clean
 
 help: ## list the targets
 	grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 	echo
-	echo "Variables: ARGS='...' further arguments of demo, teacher, distill, evaluate, test; STUDENT=... what evaluate judges;"
+	echo "Variables: ARGS='...' further arguments of demo, teacher, distill, evaluate, serve, test; STUDENT=... what evaluate judges;"
 	echo "PROCESSES=... and LAUNCH_ARGS='...' for accelerate; PYTHON=... what .venv is made with."
 
 install: $(INSTALLED) ## make .venv with everything in requirements.lock
@@ -44,6 +44,9 @@ distill: $(INSTALLED) ## distil the reference teacher: the run that made the shi
 # PASS, FAIL and INCONCLUSIVE are answers, with codes 0, 1 and 2: make fails at 3 alone. A script should call eval.run.
 evaluate: $(INSTALLED) ## judge the student against its teacher and the quality floor
 	$(BIN)/python -m eval.run --student $(STUDENT) --out runs/eval $(ARGS) || [ $$? -lt 3 ]
+
+serve: $(INSTALLED) ## serve teacher and student as two tiers
+	$(BIN)/python -m serve $(ARGS)
 
 # One thread for each worker: torch's own would fight over the cores. No test may download anything.
 test: $(INSTALLED) ## run the tests
