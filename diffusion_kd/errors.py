@@ -7,7 +7,8 @@ DiffusionKDError
 │   └── ArtifactError      an exported student cannot be written or read
 ├── TrainingError          a training that cannot go on
 ├── ComparisonError        two numbers that were not measured alike
-└── UnknownShapeError      a word outside the shapes domain
+├── UnknownShapeError      a word outside the shapes domain
+└── (of the service)       serve.errors, serve.engine.errors, serve.store.errors draw their own branches
 
 Messages say what was wrong, what was given and what would do. Command lines print the message alone and
 exit with code 2 (a launcher of several processes adds its own report and code); a traceback means a defect of ours.

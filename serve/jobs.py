@@ -220,7 +220,9 @@ class Worker:
         while True:
             await asyncio.sleep(lease_s / _RENEWALS_PER_LEASE)
             try:
-                for job_id in await asyncio.to_thread(self._store.renew, self._service.owner, lease_s):
+                for job_id in await asyncio.to_thread(
+                    self._store.renew, self._service.owner, lease_s, list(self._tasks)
+                ):
                     self.cancel(job_id)
             except StoreError as error:
                 log.warning("leases cannot be renewed: %s", error)
@@ -252,7 +254,7 @@ class Worker:
             service.pictures.record(key.id, file_format, service.settings.image_ttl_s, job_id=job.id, index=index)
             for index in range(len(result.files))
         ]
-        await _patiently(service.pictures.write, images, result.files, tries=_TRIES_TO_WRITE)
+        await _patiently(service.pictures.keep, images, result.files, tries=_TRIES_TO_WRITE)
         answer, usage = service.answer(plan, result, bill, images), service.usage(key, plan, bill)
         if await self._finish(job, _Ending("succeeded", answer=answer, usage=usage, images=images)):
             service.count_cost(plan, bill)

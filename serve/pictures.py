@@ -41,11 +41,6 @@ class Pictures:
             self._store.add_image(image)
             self._folder.put(image.path, file)
 
-    def write(self, images: Sequence[records.Image], files: Sequence[bytes]) -> None:
-        """The files alone, of a job whose rows are written with its result."""
-        for image, file in zip(images, files, strict=True):
-            self._folder.put(image.path, file)
-
     def read(self, image_id: str) -> tuple[bytes, str]:
         """Bytes and media type. Raises NotFound for an image that is not there, or no longer."""
         image = self._store.get_image(image_id)

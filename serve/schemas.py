@@ -236,7 +236,7 @@ Scope = Literal["generate", "admin"]
 
 
 class KeyBody(_Body):
-    name: Annotated[str, Field(min_length=1, max_length=100)]
+    name: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=2)] = ["generate"]
     requests_per_minute: Annotated[int | None, Field(ge=1, le=1_000_000)] = None
     monthly_budget_usd: Annotated[float | None, Field(ge=0, le=1_000_000_000, allow_inf_nan=False)] = None
