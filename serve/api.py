@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import diffusion_kd
@@ -22,6 +23,8 @@ from serve.store import StoreError
 
 log = logging.getLogger(__name__)
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_CODES = {404: "not_found", 405: "method_not_allowed"}
 _ABOUT = """Images from text in two tiers: `premium`, a diffusion teacher in many steps, and `turbo`, its distilled
 student in one to four. OpenAI's clients work unchanged; what their API lacks is a documented extension."""
 
@@ -38,6 +41,7 @@ def create_app(settings: Settings, built: build.Built | None = None) -> FastAPI:
         description=_ABOUT,
         lifespan=lambda app: _lifespan(app, settings, built),
         redoc_url=None,
+        redirect_slashes=False,
     )
     metrics = app.state.metrics = telemetry.Metrics() if built is None else built.service.metrics
     for module in (images, models, jobs, usage, keys, health):
@@ -97,8 +101,12 @@ def _handle_errors(app: FastAPI, metrics: telemetry.Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
-        content = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse({"error": content}, status_code=error.status_code, headers=error.headers)
+        code = _CODES.get(error.status_code, "invalid_request")
+        content = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": code}
+        if error.status_code == 400:  # all that FastAPI raises with it: a body beyond the limits of its parser
+            content |= {"message": "the body is not JSON that can be read", "code": "invalid_json"}
+        headers = {"Allow": ", ".join(_allowed(request))} if error.status_code == 405 else error.headers
+        return JSONResponse({"error": content}, status_code=error.status_code, headers=headers)
 
     @app.exception_handler(Exception)
     async def of_us(request: Request, error: Exception) -> Response:
@@ -107,11 +115,20 @@ def _handle_errors(app: FastAPI, metrics: telemetry.Metrics) -> None:
         return answer
 
 
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path; Starlette tells those of one route, and a path may have several."""
+    routes, scope = request.app.routes, dict(request.scope)
+    return [
+        method
+        for method in _METHODS
+        if any(route.matches(scope | {"method": method})[0] is Match.FULL for route in routes)
+    ]
+
+
 def invalid(error: RequestValidationError) -> errors.InvalidField:
     """The first thing that is wrong, with the field's name and what was given."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(place) or None
+    param = ".".join(map(str, first["loc"][1:])) if len(first["loc"]) > 1 else None  # after body, query or header
     if first["type"] == "json_invalid":
         return errors.InvalidField("the body is not JSON", code="invalid_json")
     if param is None:
@@ -152,7 +169,7 @@ class _LoopbackOnly:
 
 def _is_local(host: str) -> bool:
     name = host.rsplit(":", 1)[0] if host.rsplit("]", 1)[-1].startswith(":") or host.count(":") == 1 else host
-    if name == "localhost":
+    if name.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(name.strip("[]")).is_loopback

@@ -52,6 +52,17 @@ Caller = Annotated[Key, Depends(_caller("generate"))]
 Admin = Annotated[Key, Depends(_caller("admin"))]
 
 
+async def known_query(request: Request) -> None:
+    """Refuses query parameters that the route does not have: a filter with a slip in its name must not show all."""
+    known = {parameter.alias for parameter in request.scope["route"].dependant.query_params}
+    for name in request.query_params:
+        if name not in known:
+            param = ascii(name)[1:-1][:100]
+            raise errors.InvalidField(
+                f"{param} is not supported; leave it out", param=param, code="unsupported_parameter"
+            )
+
+
 async def until_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The outcome of `work`, which is cancelled when the client closes the connection. Raises ClientLeft."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(request))

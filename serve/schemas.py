@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import pydantic
+import pydantic_core
 from pydantic import Field
 
 MOST_SEED = 2**32 - 1
@@ -44,6 +45,26 @@ class GenerationBody(_Body):
     ] = None
     negative_prompt: Annotated[str | None, Field(max_length=PROMPT_CHARACTERS, description="premium only")] = None
     allow_downgrade: Annotated[bool, Field(description="premium only: turbo may serve it under load")] = False
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, given: Any) -> Any:
+        """As in OpenAI's API, null is as good as nothing."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: pydantic_core.CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Says so in the reference."""
+        document = handler.resolve_ref_schema(handler(schema))
+        for name, field in document["properties"].items():
+            if name not in document["required"] and "anyOf" not in field:
+                about = {part: field.pop(part) for part in ("title", "description", "default") if part in field}
+                document["properties"][name] = {"anyOf": [field, {"type": "null"}], **about}
+        return document
 
 
 class JobBody(GenerationBody):

@@ -97,19 +97,21 @@ class Service:
         """None once the request is admitted, its previews as they come, and each image at the end."""
         plan = self.catalogue.plan(body, key.id)
         if idempotency_key is None:
-            async for event in self._stream(key, plan, None):
-                yield event
+            async with contextlib.aclosing(self._stream(key, plan, None)) as events:
+                async for event in events:
+                    yield event
             return
         async with self.once(key, idempotency_key, "images", body) as first:
             if first.answer is None:
-                async for event in self._stream(key, plan, first):
-                    yield event
+                async with contextlib.aclosing(self._stream(key, plan, first)) as events:
+                    async for event in events:
+                        yield event
                 return
         yield None
         for event in _completed(await self.render(first.answer)):
             yield event
 
-    async def _stream(self, key: records.Key, plan: Plan, first: "First | None") -> AsyncIterator[Event | None]:
+    async def _stream(self, key: records.Key, plan: Plan, first: "First | None") -> AsyncGenerator[Event | None]:
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[schemas.PartialImageEvent | None]()
 
         def on_preview(index: int, number: int, file: bytes) -> None:
@@ -284,14 +286,7 @@ class Service:
         """
         claim, fingerprint = (key.id, idempotency_key), schemas.fingerprint(kind, body)
         while True:
-            found = await asyncio.to_thread(
-                self.store.begin_idempotent,
-                *claim,
-                fingerprint,
-                self.owner,
-                self.settings.lease_s,
-                self.settings.idempotency_ttl_s,
-            )
+            found = await self._claim(*claim, fingerprint)
             if found.state != "running":
                 break
             await asyncio.sleep(_POLL_S)
@@ -308,6 +303,29 @@ class Service:
                 await asyncio.shield(asyncio.to_thread(self.store.forget_idempotent, *claim, self.owner))
             else:
                 await asyncio.to_thread(self.store.complete_idempotent, *claim, self.owner, first.answer)
+
+    async def _claim(self, key_id: str, idempotency_key: str, fingerprint: str) -> records.Idempotent:
+        """Ask whether to do the work. Cancelled, it gives back what the database may yet give it."""
+        asked = asyncio.ensure_future(
+            asyncio.to_thread(
+                self.store.begin_idempotent,
+                key_id,
+                idempotency_key,
+                fingerprint,
+                self.owner,
+                self.settings.lease_s,
+                self.settings.idempotency_ttl_s,
+            )
+        )
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._give_back(asked, key_id, idempotency_key))
+            raise
+
+    async def _give_back(self, asked: asyncio.Future[records.Idempotent], key_id: str, idempotency_key: str) -> None:
+        if (await asked).state == "new":
+            await asyncio.to_thread(self.store.forget_idempotent, key_id, idempotency_key, self.owner)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ import collections
 
 from diffusion_kd.types import Conditioning
 
-Key = tuple[int, str, tuple[int, int]]
-"""(id of the text encoder, prompt, width and height)."""
+Key = tuple[int, bool, str, tuple[int, int]]
+"""(id of the text encoder, whether the prompt is encoded by itself, prompt, width and height)."""
 
 
 class EmbeddingCache:

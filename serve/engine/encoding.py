@@ -13,6 +13,7 @@ from PIL import Image, PngImagePlugin
 Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _EXIF_DESCRIPTION = 0x010E  # ImageDescription
+_EXIF_TEXT_LENGTH = 2000  # Exif ends at 64 KiB, and JSON takes up to 12 bytes a character
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +25,10 @@ class Encoding:
 
 
 def encode(image_uint8: NDArray[np.uint8], encoding: Encoding, about: Mapping[str, Any]) -> bytes:
-    """A file of (H, W, 3) pixels. about: written into it, as PNG text chunks or as JSON in the Exif description."""
+    """A file of (H, W, 3) pixels.
+
+    about: written into it, as PNG text chunks or as JSON in the Exif description; long texts are cut in the latter.
+    """
     file = io.BytesIO()
     image = Image.fromarray(image_uint8)
     if encoding.format == "png":
@@ -34,6 +38,8 @@ def encode(image_uint8: NDArray[np.uint8], encoding: Encoding, about: Mapping[st
         image.save(file, "PNG", pnginfo=chunks, compress_level=1)
         return file.getvalue()
     exif = Image.Exif()
-    exif[_EXIF_DESCRIPTION] = json.dumps(dict(about))
+    exif[_EXIF_DESCRIPTION] = json.dumps(
+        {key: value[:_EXIF_TEXT_LENGTH] if isinstance(value, str) else value for key, value in about.items()}
+    )
     image.save(file, encoding.format.upper(), quality=encoding.compression, exif=exif)
     return file.getvalue()

@@ -66,8 +66,8 @@ class Engine:
     def submit(self, request: ImageRequest, on_preview: OnPreview | None = None) -> Ticket:
         """Queue a request. Raises Busy, or Draining, at once where it is not admitted; then nothing of it is kept."""
         ticket = Ticket(request, on_preview, self._tidy)
-        now_s, due = time.monotonic(), preview_steps(request.steps, request.previews)
-        samples = [Sample(ticket, index, now_s, dict(due)) for index in range(len(request.seeds))]
+        now_s, passes = time.monotonic(), self.models[request.tier].passes(request.steps)
+        samples = [Sample(ticket, index, now_s, passes) for index in range(len(request.seeds))]
         with self._changed:
             if self._draining:
                 raise errors.Draining("the service is closing; send the request again, to another one", 1.0)
@@ -86,11 +86,12 @@ class Engine:
     def predicted_device_s(self, tier: str, steps: int, *, guided: bool) -> float:
         """Seconds of the device that one image takes, as the last ones are measured to have taken."""
         estimates = self._schedule.lanes[tier].estimates
-        return estimates.text_s.value + estimates.image_s(steps, 2 if guided else 1)
+        return estimates.text_s.value + estimates.image_s(self.models[tier].passes(steps), 2 if guided else 1)
 
     def queued(self, tier: str) -> int:
         """Images that wait."""
-        return len(self._schedule.lanes[tier].queue)
+        with self._changed:
+            return len(self._schedule.lanes[tier].queue)
 
     def active(self, tier: str) -> int:
         """Images between their first step and their last."""
@@ -192,15 +193,18 @@ class Engine:
             self._observer.waited(lane.tier, sample.compute.queue_s)
         self._stages.read_prompts(lane, joined)
         for sample in joined:
-            sample.trajectory = self.models[lane.tier].begin(sample.request, sample.request.seeds[sample.index])
+            with self._stages.failing_alone(lane, sample):
+                sample.trajectory = self.models[lane.tier].begin(sample.request, sample.request.seeds[sample.index])
+                sample.previews = preview_steps(sample.remaining, sample.request.previews)
 
     def _write(self, lane: Lane, pixels: Sequence[Pixels]) -> None:
         for one in pixels:
             self._unwritten.acquire()
-            self._encoders.submit(self._write_file, lane.tier, one)
+            sample = one[0]
+            sample.writing = self._encoders.submit(self._write_file, lane.tier, one, sample.writing)
 
-    def _write_file(self, tier: str, pixels: Pixels) -> None:
-        """On an encoder's thread."""
+    def _write_file(self, tier: str, pixels: Pixels, before: concurrent.futures.Future[None] | None) -> None:
+        """On an encoder's thread. before: the image's file that goes out first, and was begun first."""
         sample, preview, image_uint8 = pixels
         try:
             began_s = time.perf_counter()
@@ -208,6 +212,8 @@ class Engine:
             about = {**request.about, "seed": request.seeds[sample.index]}
             file = encoding.encode(image_uint8, request.encoding, about)
             seconds = time.perf_counter() - began_s
+            if before is not None:
+                before.result()
             self._observer.staged(tier, "encode", seconds)
             sample.compute.encode_s += seconds
             if preview is not None:
@@ -222,6 +228,6 @@ class Engine:
             self._unwritten.release()
 
 
-def preview_steps(steps: int, previews: int) -> dict[int, int]:
-    """Steps left -> number of the preview shown then, spread evenly: 50, 3 -> {38: 0, 25: 1, 12: 2}."""
-    return {steps - round(steps * (number + 1) / (previews + 1)): number for number in range(previews)}
+def preview_steps(passes: int, previews: int) -> dict[int, int]:
+    """Passes left -> number of the preview shown then, spread evenly: 50, 3 -> {38: 0, 25: 1, 12: 2}."""
+    return {passes - round(passes * (number + 1) / (previews + 1)): number for number in range(previews)}

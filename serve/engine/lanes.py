@@ -1,8 +1,11 @@
 """Who goes next: a tier's queue, its images on their way, its share of the device. Knows no networks and no threads."""
 
 import collections
+import concurrent.futures
 import dataclasses
+import heapq
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from diffusion_kd.types import Conditioning
@@ -18,7 +21,8 @@ _PASSES_BEFORE_GROWTH = 200
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
     """max_batch: images that share a pass. max_queued: images that may wait. max_wait_s: longest predicted wait that is
-    admitted. weight: share of the device while several tiers are busy. batch_invariant: all passes of one shape."""
+    admitted. weight: share of the device while several tiers are busy. batch_invariant: no two images share a call of a
+    network, so that no neighbour changes a single bit."""
 
     max_batch: int = 8
     max_queued: int = 64
@@ -31,18 +35,20 @@ class Limits:
 class Sample:
     """One image of a request.
 
-    previews: steps left -> number of the preview that is due then. cond, away: the prompt, and what guidance leads
-    away from.
+    passes: of the network, from noise to x0. previews: passes left -> number of the preview that is due then.
+    cond, away: the prompt, and what guidance leads away from. writing: its file that was begun last.
     """
 
     ticket: Ticket
     index: int
     submitted_s: float
-    previews: dict[int, int]
+    passes: int
+    previews: dict[int, int] = dataclasses.field(default_factory=dict)
     compute: Compute = dataclasses.field(default_factory=Compute)
     trajectory: Trajectory | None = None
     cond: Conditioning | None = None
     away: Conditioning | None = None
+    writing: concurrent.futures.Future[None] | None = None
 
     @property
     def request(self) -> ImageRequest:
@@ -50,7 +56,8 @@ class Sample:
 
     @property
     def remaining(self) -> int:
-        return self.request.steps if self.trajectory is None else self.trajectory.remaining
+        """Passes that are left."""
+        return self.passes if self.trajectory is None else self.trajectory.remaining
 
 
 class FairQueue:
@@ -107,9 +114,9 @@ class Estimates:
     row_s: Estimate = dataclasses.field(default_factory=Estimate)
     decode_s: Estimate = dataclasses.field(default_factory=Estimate)
 
-    def image_s(self, steps: int, rows: int) -> float:
+    def image_s(self, passes: int, rows: int) -> float:
         """Of one image without its text."""
-        return steps * rows * self.row_s.value + self.decode_s.value
+        return passes * rows * self.row_s.value + self.decode_s.value
 
 
 class Lane:
@@ -135,7 +142,7 @@ class Lane:
 
     def join(self) -> list[Sample]:
         """Move what fits from the queue to the images on their way; returns those."""
-        room = min(self.fits, self.limits.max_batch) - len(self.active)
+        room = self.fits - len(self.active)
         joined = [self.queue.pop() for _ in range(min(room, len(self.queue)))]
         self.active += joined
         return joined
@@ -159,25 +166,34 @@ class Lane:
         if self._passes >= _PASSES_BEFORE_GROWTH and self.fits < self.limits.max_batch:
             self.fits, self._passes = min(2 * self.fits, self.limits.max_batch), 0
 
-    def predicted_wait_s(self, images: int, share: float) -> float:
+    def predicted_wait_s(self, images: int, share: float, like: Sample | None = None) -> float:
         """Until the last of `images` more would start, as the images before it are measured to take.
 
-        share: of the device that this tier has. A full batch is taken to be half done when the last one joins.
+        share: of the device that this tier has. like: one of the images; None: they are like those before them.
         """
-        if images <= self.limits.max_batch - len(self.active) - len(self.queue):
+        before = [*self.active, *self.queue]
+        ahead = [(float(sample.remaining), float(sample.request.rows)) for sample in before]
+        if usual := [like] if like else before:
+            passes, rows = ([one.passes for one in usual], [one.request.rows for one in usual])
+            ahead += [(statistics.fmean(passes), statistics.fmean(rows))] * (images - 1)
+        starts, leaves = list[float](), list[float]()  # in passes from now
+        for taken, _ in ahead:
+            starts.append(heapq.heappop(leaves) if len(leaves) >= self.fits else 0)
+            heapq.heappush(leaves, starts[-1] + taken)
+        if len(leaves) < self.fits:
             return 0.0
-        before = [
-            self.estimates.image_s(sample.remaining, sample.request.rows) for sample in (*self.active, *self.queue)
-        ]
-        mean_s = sum(before) / len(before) if before else 0.0
-        ahead_s = sum(before) + (images - 1) * mean_s - (self.limits.max_batch - 1) * mean_s / 2
-        return max(0.0, ahead_s) / share
+        until, row_s, decode_s = leaves[0], self.estimates.row_s.value, self.estimates.decode_s.value
+        seconds = sum(
+            wide * row_s * min(taken, until - start) + decode_s * (start + taken <= until)
+            for start, (taken, wide) in zip(starts, ahead, strict=True)
+        )
+        return seconds / share
 
     def admit(self, samples: Sequence[Sample], share: float) -> None:
         """Queue all of a request's images or, with Busy, none."""
         limits, queued = self.limits, len(self.queue)
-        wait_s = self.predicted_wait_s(len(samples), share)
-        free = max(0, limits.max_batch - len(self.active) - queued)
+        wait_s = self.predicted_wait_s(len(samples), share, samples[0])
+        free = max(0, self.fits - len(self.active))
         if queued + len(samples) > limits.max_queued + free:
             raise errors.Busy(
                 f"the {self.tier} tier has {queued} images waiting and takes {limits.max_queued}; try again later",

@@ -45,6 +45,11 @@ class Model:
         dtype: torch.dtype = self.parts.unet.dtype
         return dtype
 
+    def passes(self, steps: int) -> int:
+        """Passes of the network of so many steps: a second order scheduler, as Heun's, has two in all but the last."""
+        order = 1 if self.timesteps is not None else self.parts.scheduler.order
+        return int(steps * order - (order - 1))
+
     def begin(self, request: ImageRequest, seed: int) -> Trajectory:
         """The trajectory of one image of a request."""
         width, height = request.size_px
@@ -60,12 +65,18 @@ class Model:
         An autoencoder that overflows in half precision, as SDXL's does, goes on in float32 from then on.
         """
         vae: Any = self.parts.vae
-        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
-        if vae.dtype == torch.float16 and bool(torch.isfinite(latents).all()) and not torch.isfinite(images).all():
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float()
+        if vae.dtype == torch.float16 and bool((_finite(latents) & ~_finite(images)).any()):
             log.warning("the autoencoder overflows in half precision; it is float32 from now on")
             vae.to(torch.float32)
             return self.decode(latents)
-        return images.float().clamp(-1, 1).cpu()  # type: ignore[no-any-return]
+        # Clamping would make white of what is infinite.
+        return torch.where(torch.isfinite(images), images, torch.nan).clamp(-1, 1).cpu()
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether each row (B, ...) is, (B,)."""
+    return torch.isfinite(rows).flatten(1).all(1)
 
 
 def load_pair(premium: str, turbo: str, *, device: str = "auto", precision: str = "auto") -> dict[str, Model]:
@@ -91,7 +102,7 @@ def load_pair(premium: str, turbo: str, *, device: str = "auto", precision: str 
 def _share(teacher: artifact.Parts, student: artifact.Parts) -> artifact.Parts:
     """The student's parts, with the teacher's in place of those that are the same."""
     parts = student
-    if _same(teacher.vae, student.vae):
+    if _same(teacher.vae, student.vae) and teacher.vae.config.scaling_factor == student.vae.config.scaling_factor:
         parts = dataclasses.replace(parts, vae=teacher.vae)
     if _same(teacher.text, student.text) and _tokens(teacher) == _tokens(student):
         parts = dataclasses.replace(parts, text=teacher.text)

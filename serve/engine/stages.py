@@ -4,6 +4,7 @@ Each stage's time is shared out among the images of its batch. A batch that does
 that fails by itself fails its own request and no other.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,41 +53,40 @@ class Stages:
         found: dict[embeddings.Key, Conditioning] = {}
         wanted: dict[embeddings.Key, Sample] = {}
         for sample in joined:
-            for key in self._keys(sample):
+            for key in self._keys(lane, sample):
                 known = self._cache.get(key)
                 if known is not None:
                     found[key] = known
                 elif key not in wanted:
                     wanted[key] = sample
                 self._observer.looked_up(hit=known is not None)
-        most = 1 if lane.limits.batch_invariant else 2 * lane.limits.max_batch
-        for size in {key[2] for key in wanted}:
-            of_size = [(key, sample) for key, sample in wanted.items() if key[2] == size]
-            for start in range(0, len(of_size), most):
-                found |= self._encode(lane, of_size[start : start + most])
+        for size in {sample.request.size_px for sample in wanted.values()}:
+            found |= self._encode(lane, [one for one in wanted.items() if one[1].request.size_px == size])
         for sample in joined:
-            keys = self._keys(sample)
+            keys = self._keys(lane, sample)
             if all(key in found for key in keys):
                 sample.cond = found[keys[0]]
                 if sample.request.guided:
                     sample.away = found[keys[1]] if len(keys) > 1 else pipeline.no_prompt(sample.cond)
+            else:  # another request asked first
+                sample.ticket.fail(errors.Failed("the prompt could not be read"))
 
-    def _keys(self, sample: Sample) -> list[embeddings.Key]:
+    def _keys(self, lane: Lane, sample: Sample) -> list[embeddings.Key]:
         request = sample.request
         encoder, prompts = id(self._models[request.tier].parts.text), [request.prompt]
         if request.guided and request.negative_prompt is not None:
             prompts.append(request.negative_prompt)
-        return [(encoder, prompt, request.size_px) for prompt in prompts]
+        return [(encoder, lane.limits.batch_invariant, prompt, request.size_px) for prompt in prompts]
 
     def _encode(
         self, lane: Lane, wanted: Sequence[tuple[embeddings.Key, Sample]]
     ) -> dict[embeddings.Key, Conditioning]:
-        """Prompts of one size, in one batch. The time is charged to the image that asked first."""
-        text, (width, height) = self._models[lane.tier].parts.text, wanted[0][0][2]
+        """Prompts of one size. The time is charged to the image that asked first."""
+        text, (width, height) = self._models[lane.tier].parts.text, wanted[0][1].request.size_px
         found: dict[embeddings.Key, Conditioning] = {}
         began_s = self.now_s()
         for some, cond in self._in_parts(
-            lane, wanted, lambda some: text.encode([key[1] for key, _ in some], (height, width)), lambda pair: pair[1]
+            lane, wanted, lambda some: text.encode([key[2] for key, _ in some], (height, width)), lambda pair: pair[1]
         ):
             for row, (key, _) in enumerate(some):
                 # Copies: a slice would keep the whole batch in memory.
@@ -105,10 +105,8 @@ class Stages:
         began_s, rows = self.now_s(), sum(sample.request.rows for sample in chosen)
         for some, predictions in self._in_parts(lane, chosen, lambda some: self._predict(lane, some), lambda one: one):
             for sample, prediction in zip(some, predictions, strict=True):
-                assert sample.trajectory is not None, "an image has a trajectory before its first step"
-                if (number := sample.previews.pop(sample.remaining - 1, None)) is not None:
-                    previews.append((sample, number, sample.trajectory.x0_hat(prediction)))
-                sample.trajectory.advance(prediction)
+                with self.failing_alone(lane, sample):
+                    previews += _advance(sample, prediction)
         seconds = self.now_s() - began_s
         lane.passed()
         lane.estimates.row_s.observe(seconds / rows)
@@ -127,15 +125,11 @@ class Stages:
                     inputs.append(sample.trajectory.network_input())
                     timesteps.append(sample.trajectory.timestep)
                     conds.append(cond)
-        model = self._models[lane.tier]
-        count = lane.limits.max_batch * (2 if model.timesteps is None else 1)
-        x_t, at, prompt_embeds, pooled, time_ids = (
-            _padded(lane, rows, count)
-            for rows in (torch.cat(inputs), torch.cat(timesteps), *_columns(Conditioning.concatenate(conds)))
-        )
-        unet = model.parts.unet
-        told = {"text_embeds": pooled, "time_ids": time_ids}
-        predicted = unet(x_t.to(unet.dtype), at, prompt_embeds, added_cond_kwargs=told, return_dict=False)[0]
+        unet, x_t, cond = self._models[lane.tier].parts.unet, torch.cat(inputs), Conditioning.concatenate(conds)
+        told = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+        predicted = unet(
+            x_t.to(unet.dtype), torch.cat(timesteps), cond.prompt_embeds, added_cond_kwargs=told, return_dict=False
+        )[0]
         return list(_guided(predicted.float(), some))
 
     def decode(self, lane: Lane, latents: Sequence[Latents]) -> list[Pixels]:
@@ -145,8 +139,7 @@ class Stages:
         model = self._models[lane.tier]
 
         def work(some: Sequence[Latents]) -> Tensor:
-            x0 = torch.cat([one for _, _, one in some])
-            return model.decode(_padded(lane, x0, lane.limits.max_batch))[: len(some)]
+            return model.decode(torch.cat([one for _, _, one in some]))
 
         began_s = self.now_s()
         pixels: list[Pixels] = []
@@ -173,29 +166,46 @@ class Stages:
         work: Callable[[Sequence[Item]], Made],
         owner: Callable[[Item], Sample],
     ) -> list[tuple[Sequence[Item], Made]]:
-        """`work` on all items: in halves where memory does not suffice, one by one where something else goes wrong.
+        """`work` on all items: as many at once as fit into memory, one by one where something else goes wrong.
 
         An item that fails by itself fails its request; the others go on. `work` must change nothing.
         """
-        try:
-            return [(items, work(items))]
-        except Exception as error:  # noqa: BLE001 - whatever a network raises must not reach the other requests
-            problem = error
-        out_of_memory = is_out_of_memory(problem)
-        if len(items) == 1:
-            self._fail(lane, owner(items[0]), problem)
-            return []
-        size = 1
-        if out_of_memory:
-            size = (len(items) + 1) // 2
-            lane.shrink(size)
-            self._observer.ran_out_of_memory(lane.tier)
-            log.warning("%d images do not fit into memory together: %d at a time from now on", len(items), size)
-        del problem  # its traceback holds the tensors that did not fit
+        made: list[tuple[Sequence[Item], Made]] = []
+        left = list(items)
+        while left:
+            size = 1 if lane.limits.batch_invariant else lane.fits
+            some, left = left[:size], left[size:]
+            try:
+                made.append((some, work(some)))
+                continue
+            except Exception as error:  # noqa: BLE001 - whatever a network raises must not reach the other requests
+                out_of_memory = is_out_of_memory(error)
+                if len(some) == 1:
+                    self._fail(lane, owner(some[0]), error)
+                    continue
+            # The error is gone here, and with its traceback the tensors that did not fit.
+            if out_of_memory:
+                self._take_fewer(lane, len(some))
+                left = some + left
+            else:
+                made += [done for one in some for done in self._in_parts(lane, [one], work, owner)]
+        return made
+
+    def _take_fewer(self, lane: Lane, images: int) -> None:
+        """That many do not fit into memory together."""
+        lane.shrink((images + 1) // 2)
+        self._observer.ran_out_of_memory(lane.tier)
+        log.warning("%d images do not fit into memory together: %d at a time from now on", images, lane.fits)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
-        return [done for part in parts for done in self._in_parts(lane, part, work, owner)]
+
+    @contextlib.contextmanager
+    def failing_alone(self, lane: Lane, sample: Sample) -> Iterator[None]:
+        """What is done here for one image fails its own request and no other."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the other requests go on
+            self._fail(lane, sample, error)
 
     def _fail(self, lane: Lane, sample: Sample, problem: Exception) -> None:
         log.error("an image of the %s tier failed", lane.tier, exc_info=problem)
@@ -210,8 +220,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _columns(cond: Conditioning) -> tuple[Tensor, Tensor, Tensor]:
-    return cond.prompt_embeds, cond.pooled, cond.time_ids
+def _advance(sample: Sample, prediction: Tensor) -> list[Latents]:
+    """Take a step. Returns the clean estimate, if a preview wants it."""
+    assert sample.trajectory is not None, "an image has a trajectory before its first step"
+    number = sample.previews.pop(sample.remaining - 1, None)
+    previews: list[Latents] = [] if number is None else [(sample, number, sample.trajectory.x0_hat(prediction))]
+    sample.trajectory.advance(prediction)
+    return previews
 
 
 def _guided(predicted: Tensor, some: Sequence[Sample]) -> Iterator[Tensor]:
@@ -221,11 +236,3 @@ def _guided(predicted: Tensor, some: Sequence[Sample]) -> Iterator[Tensor]:
         one = predicted[row : row + sample.request.rows]
         row += sample.request.rows
         yield one[:1] + sample.request.guidance_scale * (one[1:] - one[:1]) if sample.request.guided else one
-
-
-def _padded(lane: Lane, rows: Tensor, count: int) -> Tensor:
-    """`rows` and copies of the first one, `count` in all, where every pass must have the same shape."""
-    missing = count - len(rows)
-    if not lane.limits.batch_invariant or missing <= 0:
-        return rows
-    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])

@@ -70,7 +70,8 @@ async def generate(
         await deps.until_left(request, _first(events))
         return StreamingResponse(_sent(request, events), media_type="text/event-stream", headers=_NO_BUFFERING)
     answer = await deps.until_left(request, service.generate(key, body, idempotency_key))
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+    served = {"X-Tier-Served": answer.model}
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json", headers=served)
 
 
 async def accept(jobs: Jobs, key: Key, body: schemas.JobBody, idempotency_key: str | None) -> Response:

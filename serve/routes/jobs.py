@@ -3,12 +3,12 @@
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Depends, Query, Response
 
 from serve import deps, errors, schemas
 from serve.routes import images
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(deps.known_query)])
 
 _ID = re.compile(r"job_[0-9a-f]{32}")
 

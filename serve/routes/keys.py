@@ -2,12 +2,12 @@
 
 import asyncio
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from serve import costs, deps, errors, schemas
 from serve.store import Key
 
-router = APIRouter(prefix="/v1/admin/keys", tags=["admin"])
+router = APIRouter(prefix="/v1/admin/keys", tags=["admin"], dependencies=[Depends(deps.known_query)])
 
 
 @router.post("", response_model=schemas.NewKeyOut, status_code=201, responses=deps.refusals(400, 401, 403, 408, 413))

@@ -2,24 +2,37 @@
 
 import asyncio
 import datetime
+import re
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+import pydantic
+from fastapi import APIRouter, Depends, Query
 
 from serve import costs, deps, errors, schemas
 from serve.store import UsageDay
 
-router = APIRouter(tags=["usage"])
+router = APIRouter(tags=["usage"], dependencies=[Depends(deps.known_query)])
 
 _MOST_DAYS = 366
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+def _written_out(given: str) -> str:
+    """pydantic would take a number for seconds since 1970."""
+    if not _DAY.fullmatch(given):
+        raise ValueError("a day is written YYYY-MM-DD")
+    return given
+
+
+Day = Annotated[datetime.date, pydantic.BeforeValidator(_written_out)]
 
 
 @router.get("/v1/usage", response_model=schemas.UsageReport, responses=deps.refusals(400, 401, 403))
 async def usage(
     key: deps.Caller,
     service: deps.TheService,
-    since: Annotated[datetime.date | None, Query(description="first day, UTC; absent: the first of the month")] = None,
-    until: Annotated[datetime.date | None, Query(description="last day, UTC; absent: today")] = None,
+    since: Annotated[Day | None, Query(description="first day, UTC; absent: the first of the month")] = None,
+    until: Annotated[Day | None, Query(description="last day, UTC; absent: today")] = None,
 ) -> schemas.UsageReport:
     """Images, compute and cost by tier and day. The costs are sums of those answered, to the last digit."""
     last = until or datetime.datetime.now(datetime.UTC).date()
