@@ -43,10 +43,14 @@ class Built:
         return self._tasks
 
     async def drain(self) -> None:
-        """Admit nothing more, finish what runs, as far as time allows; hand the jobs that are left to the store."""
+        """Admit nothing more, finish what runs, as far as time allows; refuse what is left, and hand its jobs back."""
         timeout_s = self.service.settings.drain_s
-        made = asyncio.to_thread(self.service.engine.drain, timeout_s)
-        await asyncio.gather(made, self.worker.drain(timeout_s))
+        await asyncio.gather(self._drain_engine(timeout_s), self.worker.drain(timeout_s))
+
+    async def _drain_engine(self, timeout_s: float) -> None:
+        """Clients that wait in vain are told while there is somebody to tell them."""
+        if not await asyncio.to_thread(self.service.engine.drain, timeout_s):
+            await asyncio.to_thread(self.service.engine.close)
 
     async def close(self) -> None:
         """Drain, and end everything."""
@@ -54,9 +58,18 @@ class Built:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.deliverer is not None:
+            await self._hand_back(self.deliverer.owner)
         await self.limiter.close()
         await asyncio.to_thread(self.service.engine.close)
         self.service.store.close()
+
+    async def _hand_back(self, owner: str) -> None:
+        """Webhooks that are under way go out again at once, from whoever is next, and not when their leases lapse."""
+        try:
+            await asyncio.to_thread(self.service.store.release_jobs, owner)
+        except StoreError as error:
+            log.warning("webhooks cannot be handed back: %s", error)
 
     async def _sweep(self) -> None:
         """Delete what has expired, now and then."""

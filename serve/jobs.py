@@ -52,14 +52,15 @@ class Jobs:
 
     async def create(self, key: Key, body: schemas.JobBody, idempotency_key: str | None = None) -> schemas.JobOut:
         """Accept a job. Raises ServiceError; once this returns, the job survives whatever becomes of the process."""
-        if idempotency_key is None:
-            return await self._create(key, body, f"job_{secrets.token_hex(16)}")
         async with self._service.once(key, idempotency_key, "job", body) as first:
             if first.answer is not None:
                 return await self.get(key, first.answer["job"])
-            # The same id at each attempt: a crash before the answer is kept makes no second job.
-            digest = hashlib.sha256(f"{key.id} {idempotency_key} {schemas.fingerprint('job', body)}".encode())
-            job = await self._create(key, body, f"job_{digest.hexdigest()[:32]}")
+            job_id = secrets.token_hex(16)
+            if idempotency_key is not None:
+                # The same id at each attempt: a crash before the answer is kept makes no second job.
+                known = f"{key.id} {idempotency_key} {schemas.fingerprint('job', body)}"
+                job_id = hashlib.sha256(known.encode()).hexdigest()[:32]
+            job = await self._create(key, body, f"job_{job_id}")
             first.answer = {"job": job.id}
             return job
 

@@ -78,60 +78,45 @@ class Service:
     ) -> schemas.ImagesOut:
         """Images of a body. Raises ServiceError; cancelled, it frees the device within one step."""
         plan = self.catalogue.plan(body, key.id)
-        if idempotency_key is None:
-            async with self.admitted(key, plan) as (plan, ticket):
-                by_url = body.response_format == "url"
-                made = await self._made(key, plan, ticket, self.settings.image_ttl_s if by_url else None)
-            return await self.render(made.answer, files=made.files)
         async with self.once(key, idempotency_key, "images", body) as first:
-            if first.answer is None:
-                async with self.admitted(key, plan) as (plan, ticket):
-                    made = await self._made(key, plan, ticket, self._keep_repeatable_s)
-                first.answer = made.answer
-                return await self.render(made.answer, files=made.files)
-        return await self.render(first.answer)
+            if first.answer is not None:
+                return await self.render(first.answer)
+            async with self.admitted(key, plan) as (plan, ticket):
+                made = await self._made(key, plan, ticket, self._keep_s(first, body))
+            first.answer = made.answer
+            return await self.render(made.answer, files=made.files)
 
     async def stream(
         self, key: records.Key, body: schemas.GenerationBody, idempotency_key: str | None = None
     ) -> AsyncGenerator[Event | None]:
         """None once the request is admitted, its previews as they come, and each image at the end."""
         plan = self.catalogue.plan(body, key.id)
-        if idempotency_key is None:
-            async with contextlib.aclosing(self._stream(key, plan, None)) as events:
-                async for event in events:
-                    yield event
-            return
-        async with self.once(key, idempotency_key, "images", body) as first:
-            if first.answer is None:
-                async with contextlib.aclosing(self._stream(key, plan, first)) as events:
-                    async for event in events:
-                        yield event
-                return
-        yield None
-        for event in _completed(await self.render(first.answer)):
-            yield event
-
-    async def _stream(self, key: records.Key, plan: Plan, first: "First | None") -> AsyncGenerator[Event | None]:
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[schemas.PartialImageEvent | None]()
 
         def on_preview(index: int, number: int, file: bytes) -> None:
             loop.call_soon_threadsafe(waiting.put_nowait, _partial(plan, index, number, file))
 
-        async with self.admitted(key, plan, on_preview) as (plan, ticket):
-            yield None
-            ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.put_nowait, None))
-            while (partial := await waiting.get()) is not None:
-                yield partial
-            made = await self._made(key, plan, ticket, None if first is None else self._keep_repeatable_s)
-        if first is not None:
-            first.answer = made.answer
-        for event in _completed(await self.render(made.answer, files=made.files)):
+        async with self.once(key, idempotency_key, "images", body) as first:
+            if first.answer is not None:
+                yield None
+                answer = await self.render(first.answer)
+            else:
+                async with self.admitted(key, plan, on_preview) as (plan, ticket):
+                    yield None
+                    ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.put_nowait, None))
+                    while (partial := await waiting.get()) is not None:
+                        yield partial
+                    made = await self._made(key, plan, ticket, self._keep_s(first, body))
+                first.answer = made.answer
+                answer = await self.render(made.answer, files=made.files)
+        for event in _completed(answer):
             yield event
 
-    @property
-    def _keep_repeatable_s(self) -> float:
-        """An answer that may be asked for again keeps its images as long."""
-        return max(self.settings.image_ttl_s, self.settings.idempotency_ttl_s)
+    def _keep_s(self, first: "First", body: schemas.GenerationBody) -> float | None:
+        """How long the images of an answer are kept; None: not at all. One that may be asked for again keeps them."""
+        if first.repeatable:
+            return max(self.settings.image_ttl_s, self.settings.idempotency_ttl_s)
+        return self.settings.image_ttl_s if body.response_format == "url" else None
 
     async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, keep_s: float | None) -> "_Made":
         """Wait for an admitted request, bill it, record it. keep_s: how long its images are kept; None: not at all."""
@@ -277,13 +262,17 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def once(
-        self, key: records.Key, idempotency_key: str, kind: str, body: schemas.GenerationBody
+        self, key: records.Key, idempotency_key: str | None, kind: str, body: schemas.GenerationBody
     ) -> AsyncIterator["First"]:
         """The first of all requests with this key works in the block and leaves its answer; the others are given it.
 
-        kind: what is asked for; images and jobs are different requests. A request that fails is forgotten, so that it
-        can be sent again. Raises Conflict for another body or kind.
+        idempotency_key: None: every request is the first. kind: what is asked for; images and jobs are different
+        requests. A request that fails is forgotten, so that it can be sent again. Raises Conflict for another body or
+        kind.
         """
+        if idempotency_key is None:
+            yield First(None, repeatable=False)
+            return
         claim, fingerprint = (key.id, idempotency_key), schemas.fingerprint(kind, body)
         while True:
             found = await self._claim(*claim, fingerprint)
@@ -338,9 +327,10 @@ class _Made:
 
 @dataclasses.dataclass(slots=True)
 class First:
-    """The stored answer of the first request; None: it is this one."""
+    """answer: of the first request; None: it is this one. repeatable: others may come and want it."""
 
     answer: dict[str, Any] | None
+    repeatable: bool = True
 
 
 def _code(error: engine_errors.Failed) -> str:

@@ -5,6 +5,7 @@ other libraries' lines alike. What is bound to structlog's context variables (`r
 on every line written in that context.
 """
 
+import asyncio
 import logging
 import re
 import sys
@@ -128,6 +129,8 @@ class Metrics:
         self.webhook_deliveries = self._counter("webhook_deliveries", "Attempts to deliver webhooks", "outcome")
         self.out_of_memory = self._counter("out_of_memory", "Batches that exceeded the device's memory", "tier")
         self.prompt_cache = self._counter("prompt_cache", "Look-ups of encoded prompts", "result")
+        self.event_loop_tasks = self._gauge("event_loop_tasks", "Tasks of the event loop in which this is read")
+        self.event_loop_tasks.set_function(_tasks)
 
     def watch_queue(self, tier: str, waiting: Callable[[], float]) -> None:
         """Ask `waiting` how many images wait whenever the metrics are read. It is called in the reader's thread."""
@@ -154,6 +157,13 @@ class Metrics:
         return prometheus_client.Histogram(
             f"diffusion_kd_{name}", what, labels, buckets=buckets, registry=self.registry
         )
+
+
+def _tasks() -> float:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # no loop runs in the reader's thread
+        return 0
 
 
 # --- traces -----------------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ class Deliverer:
         self._outbox, self._secret, self._allow_private = outbox, secret, allow_private
         self._timeout_s, self._most_attempts, self._poll_s = timeout_s, most_attempts, poll_s
         self._lease_s = 60 + 4 * timeout_s
-        self._owner = f"webhooks-{uuid.uuid4().hex}"
+        self.owner = f"webhooks-{uuid.uuid4().hex}"
         self._count = count
         self._ssl_context = ssl_context or httpcore.default_ssl_context()
         # Lookups have threads of their own: a name server that does not answer must not fill those of everybody else.
@@ -373,7 +373,7 @@ class Deliverer:
         if room <= 0:
             return 0
         try:
-            claimed = await asyncio.to_thread(self._outbox.claim_deliveries, self._owner, room, self._lease_s)
+            claimed = await asyncio.to_thread(self._outbox.claim_deliveries, self.owner, room, self._lease_s)
         except Exception:  # a database that is away for a while must not end deliveries for good
             logger.exception("the outbox of webhooks cannot be read; asking again in %g s", self._poll_s)
             return 0

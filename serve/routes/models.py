@@ -13,7 +13,7 @@ async def every(_: deps.Caller, service: deps.TheService) -> schemas.ModelsOut:
     return schemas.ModelsOut(data=[tiers.describe(service, name) for name in service.catalogue.tiers])
 
 
-@router.get("/{model}", response_model=schemas.ModelOut, responses=deps.refusals(400, 401, 403, 404))
+@router.get("/{model:path}", response_model=schemas.ModelOut, responses=deps.refusals(400, 401, 403, 404))
 async def one(model: str, _: deps.Caller, service: deps.TheService) -> schemas.ModelOut:
     """One tier, by its name or an alias."""
     return tiers.describe(service, service.catalogue.find(model).name)
