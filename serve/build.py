@@ -151,7 +151,11 @@ def start_engine(settings: Settings, observer: watch.EngineMetrics | None = None
         encode_threads=settings.encode_threads,
         observer=observer,
     )
-    engine.start()
+    try:
+        engine.start()
+    except BaseException:
+        engine.close()
+        raise
     return engine
 
 

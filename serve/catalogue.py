@@ -89,6 +89,12 @@ class Tier:
             raise errors.InvalidField(f"size is {given}; the {self.name} tier makes {known}", param="size")
         return size
 
+    def check_count(self, count: int) -> None:
+        """Raises InvalidField for more images than an idle tier would admit."""
+        most = self.settings.max_batch + self.settings.max_queued
+        if count > most:
+            raise errors.InvalidField(f"n is {count}; the {self.name} tier takes {most} at once", param="n")
+
     def warnings(self, field: str, text: str) -> list[str]:
         """Says what the text encoders do not read of a prompt: what lies past their window."""
         window = min(tokenizer.model_max_length for tokenizer in self._tokenizers)
@@ -136,6 +142,7 @@ class Catalogue:
                 raise errors.InvalidField(
                     f"negative_prompt needs guidance, and guidance_scale is {guidance_scale:g}", param="negative_prompt"
                 )
+        tier.check_count(body.n)
         seeds = _seeds(body)
         request = ImageRequest(
             tier=tier.name,

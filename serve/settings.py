@@ -20,8 +20,8 @@ class TierSettings(pydantic.BaseModel):
 
     max_batch: images that share a pass. max_queued: images that may wait. max_wait_s: a request whose predicted wait is
     longer is refused at once. weight: share of the device while both tiers are busy. sizes: WIDTHxHEIGHT in pixels;
-    empty: what the model was made for. aliases: further names of the tier. batch_invariant: every pass has the same
-    shape, so that an image is the same byte for byte whatever shares it; slower.
+    empty: what the model was made for. aliases: further names of the tier. batch_invariant: no two images share a call
+    of a network, so that an image is the same byte for byte whatever else runs; slower.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
