@@ -112,6 +112,8 @@ def build(settings: Settings, metrics: telemetry.Metrics | None = None) -> Built
         stack.callback(engine.close)
         watch.queues(metrics, engine)
         limiter = limits.RateLimiter(settings.limits_url)
+        if settings.public_url is None and settings.host in ("0.0.0.0", "::"):
+            log.warning("links in answers will name %s, which is no address; set public_url", public_url(settings))
         kept = pictures.Pictures(store, folder, public_url(settings))
         owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         service = Service(settings, engine, store, kept, limiter, metrics, owner)

@@ -289,9 +289,10 @@ class Service:
             yield first
         finally:
             if first.answer is None:
-                await asyncio.shield(asyncio.to_thread(self.store.forget_idempotent, *claim, self.owner))
+                settled = asyncio.to_thread(self.store.forget_idempotent, *claim, self.owner)
             else:
-                await asyncio.to_thread(self.store.complete_idempotent, *claim, self.owner, first.answer)
+                settled = asyncio.to_thread(self.store.complete_idempotent, *claim, self.owner, first.answer)
+            await asyncio.shield(settled)  # whether or not the client still listens
 
     async def _claim(self, key_id: str, idempotency_key: str, fingerprint: str) -> records.Idempotent:
         """Ask whether to do the work. Cancelled, it gives back what the database may yet give it."""
