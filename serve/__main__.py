@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import pathlib
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -99,11 +100,12 @@ def _settings(given: dict[str, Any]) -> Settings:
 
 def _serve(settings: Settings) -> None:
     telemetry.configure_logging(settings.log_format, settings.log_level)
+    build.check(settings)
+    listening = _bound(settings)
+    settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     built = build.build(settings)
     config = uvicorn.Config(
         api.create_app(settings, built),
-        host=settings.host,
-        port=settings.port,
         http=connections.protocol(settings.header_timeout_s),
         ws="none",
         log_config=None,
@@ -111,7 +113,23 @@ def _serve(settings: Settings) -> None:
         timeout_graceful_shutdown=max(1, int(settings.drain_s)),
         server_header=False,
     )
-    Server(config, built.drain).run()
+    Server(config, built.drain).run(sockets=[listening])
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """The address, taken before the models are loaded. Raises ConfigError where it cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise errors.ConfigError(
+            f"nothing can listen on port {settings.port} of {settings.host}: {error.strerror or error}; give another"
+        ) from None
+    return listening
 
 
 def _keys(settings: Settings, given: argparse.Namespace) -> None:

@@ -9,8 +9,9 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
 from serve import budgets, catalogue, costs, errors, evaluation, pictures, schemas
@@ -288,11 +289,10 @@ class Service:
         try:
             yield first
         finally:
-            if first.answer is None:
-                settled = asyncio.to_thread(self.store.forget_idempotent, *claim, self.owner)
-            else:
-                settled = asyncio.to_thread(self.store.complete_idempotent, *claim, self.owner, first.answer)
-            await asyncio.shield(settled)  # whether or not the client still listens
+            settle: Callable[[], object] = functools.partial(self.store.forget_idempotent, *claim, self.owner)
+            if first.answer is not None:
+                settle = functools.partial(self.store.complete_idempotent, *claim, self.owner, first.answer)
+            await asyncio.shield(asyncio.to_thread(settle))  # whether or not the client still listens
 
     async def _claim(self, key_id: str, idempotency_key: str, fingerprint: str) -> records.Idempotent:
         """Ask whether to do the work. Cancelled, it gives back what the database may yet give it."""

@@ -87,6 +87,8 @@ def load_pair(premium: str, turbo: str, *, device: str = "auto", precision: str 
     half precision, as exports are stored; else both are kept, which is said in the log.
     Raises ModelError, or ConfigError for a device that this machine has not.
     """
+    if (artifact.resolve(premium) / artifact.DISTILLATION_FILE).exists():
+        raise errors.ModelError(f"{premium} is a student; give its teacher as premium, and the student as turbo")
     teacher, student = pipeline.load_teacher(premium), pipeline.load_student(turbo)
     parts = _share(teacher.parts, student.parts)
     where = _device(device)
