@@ -21,12 +21,13 @@ class ClientLeft(Exception):
     """The client closed the connection before its answer; nobody reads what would be sent."""
 
 
-def _service(request: Request) -> Service:
+# Asynchronous, though they wait for nothing: FastAPI runs others in threads.
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _jobs(request: Request) -> Jobs:
+async def _jobs(request: Request) -> Jobs:
     jobs: Jobs = request.app.state.jobs
     return jobs
 

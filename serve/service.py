@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any
 
-from serve import budgets, catalogue, costs, errors, evaluation, pictures, schemas
+from serve import budgets, catalogue, costs, errors, evaluation, ledger, pictures, schemas
 from serve.catalogue import Plan
 from serve.engine import engine as engines
 from serve.engine import errors as engine_errors
@@ -55,7 +55,7 @@ class Service:
         self.catalogue = catalogue.Catalogue(engine.models, settings)
         self.pictures = pictures_of_store
         self.price = costs.Price(settings.price_per_gpu_hour_usd)
-        self.budgets = budgets.Budgets(store)
+        self.budgets, self.ledger = budgets.Budgets(store), ledger.Ledger(store)
         self.limiter = limiter
         self.latencies_s = {tier: collections.deque[float](maxlen=_LATENCIES_KEPT) for tier in engine.models}
         self.evaluation = evaluation.find(engine.models["turbo"], settings.turbo_report)
@@ -127,7 +127,7 @@ class Service:
         if keep_s is not None:
             images = [self.pictures.record(key.id, plan.request.encoding.format, keep_s) for _ in result.files]
             await asyncio.to_thread(self.pictures.keep, images, result.files)
-        await asyncio.to_thread(self.store.record_usage, self.usage(key, plan, bill))
+        await self.ledger.record(self.usage(key, plan, bill))
         self.count_cost(plan, bill)
         return _Made(self.answer(plan, result, bill, images), result.files)
 

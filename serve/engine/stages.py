@@ -125,11 +125,10 @@ class Stages:
                     inputs.append(sample.trajectory.network_input())
                     timesteps.append(sample.trajectory.timestep)
                     conds.append(cond)
-        unet, x_t, cond = self._models[lane.tier].parts.unet, torch.cat(inputs), Conditioning.concatenate(conds)
+        model, cond = self._models[lane.tier], Conditioning.concatenate(conds)
         told = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-        predicted = unet(
-            x_t.to(unet.dtype), torch.cat(timesteps), cond.prompt_embeds, added_cond_kwargs=told, return_dict=False
-        )[0]
+        x_t, at = torch.cat(inputs).to(model.dtype), torch.cat(timesteps)
+        predicted = model.parts.unet(x_t, at, cond.prompt_embeds, added_cond_kwargs=told, return_dict=False)[0]
         return list(_guided(predicted.float(), some))
 
     def decode(self, lane: Lane, latents: Sequence[Latents]) -> list[Pixels]:

@@ -11,9 +11,11 @@ from serve.store.tables import UsageRow
 
 
 class UsageBook(database.Database):
-    def record_usage(self, usage: records.Usage) -> None:
+    def record_usage(self, *usages: records.Usage) -> None:
+        """Record all of them, or none."""
         with self._writing() as session:
-            add(session, usage)
+            for usage in usages:
+                add(session, usage)
 
     def usage_days(self, key_id: str, since: datetime.date, until: datetime.date) -> list[records.UsageDay]:
         """Sums by UTC day and tier, oldest first. since, until: both within."""

@@ -144,20 +144,15 @@ def test_the_size_asked_for_is_that_of_the_latents() -> None:
 class Autoencoder(torch.nn.Module):
     """One that shows the first three channels, brightened beyond what half precision holds."""
 
-    dtype = torch.float16
-
     def __init__(self, gain: float) -> None:
         super().__init__()
         self.gain, self.calls = gain, 0
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
         self.config = toys.tiny_parts().vae.config
-
-    def to(self, dtype: torch.dtype) -> "Autoencoder":  # type: ignore[override]
-        self.dtype = dtype
-        return self
 
     def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
         self.calls += 1
-        assert latents.dtype == self.dtype
+        assert latents.dtype == self.weight.dtype
         return (latents[:, :3] * self.gain / self.gain,)
 
 
@@ -170,7 +165,7 @@ def test_an_autoencoder_that_overflows_goes_on_in_float32(caplog: pytest.LogCapt
     vae = Autoencoder(1e6)
     model, latents = model_with(vae), torch.full((2, 4, 2, 2), 0.25)
     assert torch.allclose(model.decode(latents), torch.full((2, 3, 2, 2), 0.5))
-    assert (vae.calls, vae.dtype) == (2, torch.float32)
+    assert (vae.calls, vae.weight.dtype) == (2, torch.float32)
     assert "the autoencoder overflows in half precision" in caplog.text
     model.decode(latents)
     assert vae.calls == 3
@@ -188,7 +183,7 @@ def test_latents_that_are_not_finite_are_no_overflow() -> None:
     vae = Autoencoder(1.0)
     latents = torch.full((1, 4, 2, 2), torch.nan)
     assert not model_with(vae).decode(latents).isfinite().all()
-    assert (vae.calls, vae.dtype) == (1, torch.float16)
+    assert (vae.calls, vae.weight.dtype) == (1, torch.float16)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
