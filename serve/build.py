@@ -10,6 +10,8 @@ import socket
 import uuid
 from typing import Any
 
+import torch
+
 from diffusion_kd.errors import ConfigError
 from serve import limits, pictures, telemetry, watch, webhooks
 from serve.engine import engine as engines
@@ -143,7 +145,8 @@ def _check_keys(settings: Settings, store: Store) -> None:
 
 
 def start_engine(settings: Settings, observer: watch.EngineMetrics | None = None) -> engines.Engine:
-    """Load both models and start the engine."""
+    """Load both models and start the engine. On a CPU, one core is left to everything else."""
+    torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) - 1))
     pair = models.load_pair(settings.premium, settings.turbo, device=settings.device, precision=settings.precision)
     tiers: dict[str, TierSettings] = {"turbo": settings.turbo_tier, "premium": settings.premium_tier}
     engine = engines.Engine(

@@ -13,6 +13,9 @@ from serve.engine.requests import ImageRequest
 from serve.settings import PremiumSettings, Settings, TierSettings, TurboSettings
 
 MOST_TEACHER_STEPS = 100
+_MARKS = 2
+"""Tokens that every prompt has: its beginning and its end."""
+
 _SDXL_GUIDANCE = 5.0
 # What its students are judged against; the small domain needs less than SDXL.
 _SHAPES_GUIDANCE = 2.0
@@ -98,6 +101,8 @@ class Tier:
     def warnings(self, field: str, text: str) -> list[str]:
         """Says what the text encoders do not read of a prompt: what lies past their window."""
         window = min(tokenizer.model_max_length for tokenizer in self._tokenizers)
+        if text.isascii() and len(text) + _MARKS <= window:  # a token is a character at least
+            return []
         count = max(len(tokenizer(text, verbose=False).input_ids) for tokenizer in self._tokenizers)
         if count <= window:
             return []

@@ -73,6 +73,7 @@ class Settings(pydantic_settings.BaseSettings):
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     turbo_tier: TurboSettings = TurboSettings()
     premium_tier: PremiumSettings = PremiumSettings()
+    cpu_threads: Annotated[int, pydantic.Field(ge=0)] = 0
     prompt_cache_mb: Annotated[float, pydantic.Field(ge=0)] = 256.0
     encode_threads: Count = 2
 
