@@ -15,6 +15,9 @@ from torch import nn
 import diffusion_kd
 from diffusion_kd import errors
 
+REPORT_SCHEMA_VERSION = 2
+"""Of report.json; here, where those who only read one need nothing else of evaluation."""
+
 _LIBRARIES = (
     "torch",
     "diffusers",

@@ -15,7 +15,7 @@ from eval import examine, fingerprint, gate, inception, measure, stats, suites
 from eval.fingerprint import Fingerprint, Value
 from eval.metrics import cmmd, mind, precision_recall
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = fingerprint.REPORT_SCHEMA_VERSION
 REPORT_NAME, PAGE_NAME = "report.json", "report.html"
 SLICED = (*gate.PROMPT_METRICS, "lpips_to_teacher")
 

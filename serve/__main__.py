@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pydantic
+import pydantic_settings
 import uvicorn
 
 from diffusion_kd import errors
@@ -17,6 +18,8 @@ from serve import api, build, connections, costs, telemetry
 from serve.settings import Settings
 
 _SAME_SIGNAL_S = 1.0
+_AFTER_DRAIN_S = 5
+"""For answers on their way to clients; what had to be made is made by then."""
 
 
 class Server(uvicorn.Server):
@@ -92,6 +95,8 @@ def main() -> None:
 def _settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
+    except pydantic_settings.SettingsError as error:
+        raise errors.ConfigError(f"{errors.first_line(error)}; a list is given as JSON") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
@@ -110,7 +115,7 @@ def _serve(settings: Settings) -> None:
         ws="none",
         log_config=None,
         limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=max(1, int(settings.drain_s)),
+        timeout_graceful_shutdown=_AFTER_DRAIN_S,
         server_header=False,
     )
     Server(config, built.drain).run(sockets=[listening])

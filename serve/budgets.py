@@ -36,14 +36,16 @@ class Budgets:
             yield
             return
         self._held[key.id] += nanousd
+        # Before the database is asked: what is recorded meanwhile counts twice rather than not at all.
+        held = self._held[key.id]
         try:
             month, following = _month(datetime.datetime.now(datetime.UTC))
             spent = await asyncio.to_thread(self._store.spent_nanousd, key.id, month)
-            if spent + self._held[key.id] > key.monthly_budget_nanousd:
+            if spent + held > key.monthly_budget_nanousd:
                 raise errors.BudgetSpent(
                     f"the key's budget of ${costs.to_usd(key.monthly_budget_nanousd):g} a month is not enough: "
                     f"${costs.to_usd(spent):g} are spent, and this request and those that run are predicted to cost "
-                    f"${costs.to_usd(self._held[key.id]):g}; it starts again on {following:%Y-%m-%d} UTC",
+                    f"${costs.to_usd(held):g}; it starts again on {following:%Y-%m-%d} UTC",
                     retry_after_s=(following - datetime.datetime.now(datetime.UTC)).total_seconds(),
                 )
             yield

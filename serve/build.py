@@ -1,6 +1,7 @@
 """Settings -> everything behind the routes, put together, started and closed in order."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -23,6 +24,9 @@ from serve.store import ImageFolder, Store, StoreError
 
 log = logging.getLogger(__name__)
 
+_THREADS = 32
+"""For what blocks: the database, image files."""
+
 
 @dataclasses.dataclass(slots=True)
 class Built:
@@ -41,7 +45,11 @@ class Built:
         running = {"jobs": self.worker.run(), "sweep": self._sweep()}
         if self.deliverer is not None:
             running["webhooks"] = self.deliverer.run()
+        # Python's own pool has few threads: slow storage must not keep keys and leases waiting.
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(_THREADS, "blocking"))
         self._tasks = [asyncio.create_task(work, name=name) for name, work in running.items()]
+        for task in self._tasks:
+            task.add_done_callback(_tell_death)
         return self._tasks
 
     async def drain(self) -> None:
@@ -84,6 +92,11 @@ class Built:
             except StoreError as error:
                 log.warning("nothing can be swept: %s", error)
             await asyncio.sleep(settings.sweep_every_s)
+
+
+def _tell_death(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("the task %s has ended", task.get_name(), exc_info=error)
 
 
 def check(settings: Settings) -> None:
@@ -132,6 +145,8 @@ def open_store(settings: Settings) -> Store:
     store = Store(settings.database)
     if settings.admin_key is not None:
         store.ensure_key("admin", "admin of the settings", ["admin", "generate"], settings.admin_key.get_secret_value())
+    else:
+        store.revoke_key("admin")
     return store
 
 
@@ -146,7 +161,7 @@ def _check_keys(settings: Settings, store: Store) -> None:
 
 def start_engine(settings: Settings, observer: watch.EngineMetrics | None = None) -> engines.Engine:
     """Load both models and start the engine. On a CPU, one core is left to everything else."""
-    torch.set_num_threads(settings.cpu_threads or max(1, (os.cpu_count() or 1) - 1))
+    torch.set_num_threads(settings.cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1))
     pair = models.load_pair(settings.premium, settings.turbo, device=settings.device, precision=settings.precision)
     tiers: dict[str, TierSettings] = {"turbo": settings.turbo_tier, "premium": settings.premium_tier}
     engine = engines.Engine(

@@ -1,16 +1,17 @@
 """What handlers are given: the service, and whose request it is; and what frees the device when a client leaves."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, TypeVar
 
 import structlog
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Request, Response, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from serve import errors, schemas
 from serve.jobs import Jobs
-from serve.service import Service
+from serve.service import LARGE, Service, in_thread_if
 from serve.store import Key
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the service asks for keys.")
@@ -82,6 +83,16 @@ async def left(request: Request) -> None:
     """Returns when the client is gone. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def written(answer: schemas.ImagesOut | schemas.JobOut, **options: Any) -> Response:
+    """A JSON answer; one that holds large images is written by another thread. Further options are the Response's."""
+    images = answer if isinstance(answer, schemas.ImagesOut) else answer.result
+    size = sum(len(image.b64_json or "") for image in images.data) if images is not None else 0
+    leave_out = isinstance(answer, schemas.ImagesOut)
+    write = functools.partial(answer.model_dump_json, exclude_none=leave_out)
+    content = await in_thread_if(size > LARGE, write)
+    return Response(content, media_type="application/json", **options)
 
 
 _MEANINGS = {

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from diffusion_kd import artifact, errors
-from eval import report
+from eval.fingerprint import REPORT_SCHEMA_VERSION
 from serve import schemas
 from serve.engine.models import Model
 
@@ -33,7 +33,7 @@ def find(turbo: Model, given: pathlib.Path | None) -> schemas.EvaluationOut | No
 def _read(path: pathlib.Path, sha256: str) -> schemas.EvaluationOut | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema_version"] != report.SCHEMA_VERSION:
+        if content["schema_version"] != REPORT_SCHEMA_VERSION:
             log.warning("%s is a report of another release, schema version %s", path, content["schema_version"])
             return None
         if content["models"]["student"]["artifact_sha256"] != sha256:

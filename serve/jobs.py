@@ -10,15 +10,14 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import itertools
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import structlog
 
-from serve import errors, schemas, webhooks
+from serve import errors, patience, schemas, webhooks
 from serve.catalogue import Plan
 from serve.engine.requests import Result
 from serve.service import Service
@@ -28,7 +27,6 @@ from serve.store import (
     Job,
     Key,
     StoreError,
-    StoreUnavailable,
     TooManyJobs,
     UnknownCursor,
     Usage,
@@ -38,10 +36,8 @@ log = logging.getLogger(__name__)
 
 _RENEWALS_PER_LEASE = 3
 _IDLE_S = 1.0
-_MOST_WAIT_S = 5.0
 _TRIES_TO_WRITE = 6
 _HANDED_BACK = "handed back"
-T = TypeVar("T")
 
 
 class Jobs:
@@ -52,6 +48,7 @@ class Jobs:
 
     async def create(self, key: Key, body: schemas.JobBody, idempotency_key: str | None = None) -> schemas.JobOut:
         """Accept a job. Raises ServiceError; once this returns, the job survives whatever becomes of the process."""
+        await self._service.check_rate(key)
         async with self._service.once(key, idempotency_key, "job", body) as first:
             if first.answer is not None:
                 return await self.get(key, first.answer["job"])
@@ -73,7 +70,6 @@ class Jobs:
         if self._service.engine.draining:
             raise errors.Overloaded("the service is closing; send the request again", code="draining", retry_after_s=1)
         plan = self._service.catalogue.plan(body, key.id)
-        await self._service.check_rate(key)
         # A seed that the service draws is drawn now: a second attempt makes the same images.
         request = body.model_dump(mode="json", exclude={"webhook_url"}) | {"seed": plan.request.seeds[0]}
         async with self._service.budgets.held(key, self._service.predicted_nanousd(plan)):
@@ -196,7 +192,10 @@ class Worker:
         for task in left:
             task.cancel(_HANDED_BACK)
         await asyncio.gather(*left, return_exceptions=True)
-        await asyncio.to_thread(self._store.release_jobs, self._service.owner)
+        try:
+            await asyncio.to_thread(self._store.release_jobs, self._service.owner)
+        except StoreError as error:
+            log.warning("jobs cannot be handed back, and wait for their leases to run out: %s", error)
 
     async def _claim(self) -> int:
         room = self._service.settings.job_concurrency - len(self._tasks)
@@ -245,17 +244,22 @@ class Worker:
 
     async def _attempt(self, job: Job) -> None:
         service = self._service
+        if job.attempts > service.settings.job_attempts:
+            raise errors.Internal(
+                f"{service.settings.job_attempts} attempts ended with the process; the job is given up",
+                code="too_many_attempts",
+            )
         key = await asyncio.to_thread(self._store.get_key, job.key_id)
         if key is None:
             raise errors.Forbidden("the key of this job is gone", code="invalid_api_key")
-        plan = service.catalogue.plan(schemas.JobBody.model_validate(job.request), job.key_id)
+        # Jobs take turns of their own: many of them do not hold up what their key waits for.
+        plan = service.catalogue.plan(schemas.JobBody.model_validate(job.request), f"{key.id} jobs")
         plan, result = await self._make(key, plan)
         bill, file_format = service.bill(plan, result), plan.request.encoding.format
         images = [
-            service.pictures.record(key.id, file_format, service.settings.image_ttl_s, job_id=job.id, index=index)
-            for index in range(len(result.files))
+            service.pictures.record(key.id, file_format, service.settings.image_ttl_s, job.id) for _ in result.files
         ]
-        await _patiently(service.pictures.keep, images, result.files, tries=_TRIES_TO_WRITE)
+        await patience.patiently(service.pictures.keep, images, result.files, tries=_TRIES_TO_WRITE)
         answer, usage = service.answer(plan, result, bill, images), service.usage(key, plan, bill)
         if await self._finish(job, _Ending("succeeded", answer=answer, usage=usage, images=images)):
             service.count_cost(plan, bill)
@@ -264,16 +268,16 @@ class Worker:
         """What was accepted waits until there is room. Raises _HandedBack when the service closes."""
         while True:
             try:
-                async with self._service.admitted(key, plan, limited=False) as (carried_out, ticket):
+                async with self._service.admitted(key, plan, charged=False) as (carried_out, ticket):
                     return carried_out, await self._service.outcome(ticket)
             except errors.Overloaded as error:
                 if error.code == "draining":
                     raise _HandedBack from None
-                await asyncio.sleep(min(error.retry_after_s or 1.0, _MOST_WAIT_S))
+                await asyncio.sleep(min(error.retry_after_s or 1.0, patience.MOST_WAIT_S))
 
     async def _finish(self, job: Job, ending: "_Ending") -> bool:
         """Record how a job ended, unless somebody else has taken it over; whether it was ours."""
-        ours = await _patiently(
+        ours = await patience.patiently(
             self._store.finish_job,
             job.id,
             self._service.owner,
@@ -303,19 +307,6 @@ class _Ending:
     error: dict[str, Any] | None = None
     usage: Usage | None = None
     images: Sequence[Image] = ()
-
-
-async def _patiently(work: Callable[..., T], *given: Any, tries: int | None = None) -> T:
-    """`work` in a thread, again while the store or the images' folder does not answer. tries: None: for ever."""
-    for attempt in itertools.count(1):
-        try:
-            return await asyncio.to_thread(work, *given)
-        except (StoreUnavailable, OSError) as error:
-            if attempt == tries:
-                raise
-            log.warning("trying again, after attempt %d: %s", attempt, error)
-            await asyncio.sleep(min(2.0 ** (attempt - 1), _MOST_WAIT_S))
-    raise AssertionError("unreachable")
 
 
 def _seconds(moment: datetime.datetime | None) -> int | None:

@@ -1,7 +1,6 @@
 """Images that outlive their answer: a file in the images' folder, a row in the store, a link."""
 
 import datetime
-import hashlib
 import secrets
 from collections.abc import Sequence
 
@@ -19,11 +18,10 @@ class Pictures:
         self._store, self._folder, self._public_url = store, folder, public_url.rstrip("/")
 
     def record(
-        self, key_id: str, file_format: encoding.Format, ttl_s: float, *, job_id: str | None = None, index: int = 0
+        self, key_id: str, file_format: encoding.Format, ttl_s: float, job_id: str | None = None
     ) -> records.Image:
-        """What will be known of an image. A job's images have the same ids at each attempt: none is left over."""
-        seed = secrets.token_bytes(32) if job_id is None else f"{job_id}/{index}".encode()
-        name, media_type = hashlib.sha256(seed).hexdigest()[:40], encoding.MEDIA_TYPES[file_format]
+        """What will be known of an image. Its id cannot be guessed: whoever has it may fetch the image."""
+        name, media_type = secrets.token_hex(20), encoding.MEDIA_TYPES[file_format]
         now = datetime.datetime.now(datetime.UTC)
         return records.Image(
             id=f"img_{name}",
@@ -41,6 +39,10 @@ class Pictures:
             self._store.add_image(image)
             self._folder.put(image.path, file)
 
+    def read_all(self, image_ids: Sequence[str]) -> list[bytes]:
+        """The bytes of several. Raises NotFound if one is not there, or no longer."""
+        return [self.read(image_id)[0] for image_id in image_ids]
+
     def read(self, image_id: str) -> tuple[bytes, str]:
         """Bytes and media type. Raises NotFound for an image that is not there, or no longer."""
         image = self._store.get_image(image_id)
@@ -51,11 +53,12 @@ class Pictures:
             pass
         raise errors.NotFound("no such image; it may have expired")
 
-    def url(self, image_id: str) -> str | None:
-        """A link that works until the image expires; None: it has."""
-        image = self._store.get_image(image_id)
-        if image is None:
-            return None
+    def urls(self, image_ids: Sequence[str]) -> list[str | None]:
+        """Links that work until the images expire; None for one that has."""
+        known = self._store.get_images(image_ids)
+        return [self._url(known[image_id]) if image_id in known else None for image_id in image_ids]
+
+    def _url(self, image: records.Image) -> str:
         left_s = (image.expires_at - datetime.datetime.now(datetime.UTC)).total_seconds()
         signed = self._folder.signed_url(image.path, max(1, int(left_s)))
-        return signed or f"{self._public_url}/v1/images/{image_id}"
+        return signed or f"{self._public_url}/v1/images/{image.id}"

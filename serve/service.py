@@ -1,4 +1,4 @@
-"""The service without HTTP: what routes, the worker of jobs and the playground call.
+"""The service without HTTP: what routes and the worker of jobs call.
 
 A request is planned (does the tier do what is asked?), let through (rate, budget), admitted by the engine or refused at
 once, made, billed, and recorded before it is answered. Cancelling the task that waits frees the device.
@@ -11,10 +11,10 @@ import dataclasses
 import datetime
 import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
-from serve import budgets, catalogue, costs, errors, evaluation, ledger, pictures, schemas
+from serve import budgets, catalogue, costs, errors, evaluation, ledger, patience, pictures, schemas
 from serve.catalogue import Plan
 from serve.engine import engine as engines
 from serve.engine import errors as engine_errors
@@ -25,7 +25,11 @@ from serve.store import Store, records
 from serve.telemetry import Metrics
 
 _LATENCIES_KEPT = 1000
-_POLL_S = 0.1
+_POLL_S = 1.0
+LARGE = 1_000_000
+"""Bytes of images that take the event loop too long to encode: some milliseconds."""
+
+T = TypeVar("T")
 Event = schemas.PartialImageEvent | schemas.CompletedEvent
 
 
@@ -55,6 +59,7 @@ class Service:
         self.catalogue = catalogue.Catalogue(engine.models, settings)
         self.pictures = pictures_of_store
         self.price = costs.Price(settings.price_per_gpu_hour_usd)
+        self._claims: dict[tuple[str, str], asyncio.Event] = {}
         self.budgets, self.ledger = budgets.Budgets(store), ledger.Ledger(store)
         self.limiter = limiter
         self.latencies_s = {tier: collections.deque[float](maxlen=_LATENCIES_KEPT) for tier in engine.models}
@@ -79,39 +84,58 @@ class Service:
     ) -> schemas.ImagesOut:
         """Images of a body. Raises ServiceError; cancelled, it frees the device within one step."""
         plan = self.catalogue.plan(body, key.id)
+        await self.check_rate(key)
         async with self.once(key, idempotency_key, "images", body) as first:
             if first.answer is not None:
                 return await self.render(first.answer)
             async with self.admitted(key, plan) as (plan, ticket):
-                made = await self._made(key, plan, ticket, self._keep_s(first, body))
-            first.answer = made.answer
-            return await self.render(made.answer, files=made.files)
+                files = await self._made(key, plan, ticket, first)
+            return await self.render(first.known, files=files)
 
     async def stream(
         self, key: records.Key, body: schemas.GenerationBody, idempotency_key: str | None = None
     ) -> AsyncGenerator[Event | None]:
         """None once the request is admitted, its previews as they come, and each image at the end."""
         plan = self.catalogue.plan(body, key.id)
+        await self.check_rate(key)
         loop, waiting = asyncio.get_running_loop(), asyncio.Queue[schemas.PartialImageEvent | None]()
 
         def on_preview(index: int, number: int, file: bytes) -> None:
             loop.call_soon_threadsafe(waiting.put_nowait, _partial(plan, index, number, file))
 
         async with self.once(key, idempotency_key, "images", body) as first:
+            files: Sequence[bytes] | None = None
             if first.answer is not None:
                 yield None
-                answer = await self.render(first.answer)
             else:
                 async with self.admitted(key, plan, on_preview) as (plan, ticket):
                     yield None
                     ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.put_nowait, None))
                     while (partial := await waiting.get()) is not None:
                         yield partial
-                    made = await self._made(key, plan, ticket, self._keep_s(first, body))
-                first.answer = made.answer
-                answer = await self.render(made.answer, files=made.files)
+                    files = await self._made(key, plan, ticket, first)
+            answer = await self.render(first.known, files=files)
         for event in _completed(answer):
             yield event
+
+    async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, first: "First") -> Sequence[bytes]:
+        """The files of an admitted request, once it is made and recorded; its answer is left in `first`.
+
+        From the moment that it is made, it is recorded to the end, whether or not the client still listens: a repeat
+        finds the answer.
+        """
+        result = await self.outcome(ticket)
+        return await _to_the_end(self._settle(key, plan, result, first))
+
+    async def _settle(self, key: records.Key, plan: Plan, result: Result, first: "First") -> Sequence[bytes]:
+        bill, images = self.bill(plan, result), list[records.Image]()
+        if (keep_s := self._keep_s(first, plan.body)) is not None:
+            images = [self.pictures.record(key.id, plan.request.encoding.format, keep_s) for _ in result.files]
+            await asyncio.to_thread(self.pictures.keep, images, result.files)
+        await self.ledger.record(self.usage(key, plan, bill))
+        self.count_cost(plan, bill)
+        first.answer = self.answer(plan, result, bill, images)
+        return result.files
 
     def _keep_s(self, first: "First", body: schemas.GenerationBody) -> float | None:
         """How long the images of an answer are kept; None: not at all. One that may be asked for again keeps them."""
@@ -119,34 +143,31 @@ class Service:
             return max(self.settings.image_ttl_s, self.settings.idempotency_ttl_s)
         return self.settings.image_ttl_s if body.response_format == "url" else None
 
-    async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, keep_s: float | None) -> "_Made":
-        """Wait for an admitted request, bill it, record it. keep_s: how long its images are kept; None: not at all."""
-        result = await self.outcome(ticket)
-        bill = self.bill(plan, result)
-        images: list[records.Image] = []
-        if keep_s is not None:
-            images = [self.pictures.record(key.id, plan.request.encoding.format, keep_s) for _ in result.files]
-            await asyncio.to_thread(self.pictures.keep, images, result.files)
-        await self.ledger.record(self.usage(key, plan, bill))
-        self.count_cost(plan, bill)
-        return _Made(self.answer(plan, result, bill, images), result.files)
-
     @contextlib.asynccontextmanager
     async def admitted(
-        self, key: records.Key, plan: Plan, on_preview: OnPreview | None = None, *, limited: bool = True
+        self, key: records.Key, plan: Plan, on_preview: OnPreview | None = None, *, charged: bool = True
     ) -> AsyncIterator[tuple[Plan, Ticket]]:
         """A request in the engine, for the time of the block; it is cancelled if the block ends before it is made.
 
-        Yields the plan that is carried out, which may be turbo's, and its ticket. limited: by the key's rate.
+        Yields the plan that is carried out, which may be turbo's, and its ticket. charged: for what a request has taken
+        when it is cancelled; else half a bill would be a way to use the device for nothing.
         """
-        if limited:
-            await self.check_rate(key)
         async with self.budgets.held(key, self.predicted_nanousd(plan)):
             plan, ticket = self._submit(plan, on_preview)
             try:
                 yield plan, ticket
             finally:
+                unmade = not ticket.over
                 ticket.cancel()
+                if charged and unmade:
+                    await _to_the_end(self._charge_unmade(key, plan, ticket))
+
+    async def _charge_unmade(self, key: records.Key, plan: Plan, ticket: Ticket) -> None:
+        device_s = sum(share.device_s for share in ticket.shares)
+        if device_s > 0:
+            cost = self.price.nanousd(device_s)
+            usage = self.usage(key, plan, Bill(device_s, cost, cost))
+            await self.ledger.record(dataclasses.replace(usage, images=0))
 
     def _submit(self, plan: Plan, on_preview: OnPreview | None) -> tuple[Plan, Ticket]:
         try:
@@ -160,16 +181,17 @@ class Service:
 
     async def outcome(self, ticket: Ticket) -> Result:
         """What the engine made. Raises Internal, or Overloaded where the service closed first."""
-        began_s = time.monotonic()
         try:
             result = await asyncio.wrap_future(ticket.future)
         except engine_errors.Cancelled:
             raise errors.Overloaded(
-                "the service closed before the images were made; send the request again", code="draining"
+                "the service closed before the images were made; send the request again",
+                code="draining",
+                retry_after_s=1,
             ) from None
         except engine_errors.Failed as error:
             raise errors.Internal(str(error), code=_code(error)) from None
-        self.latencies_s[ticket.request.tier].append(time.monotonic() - began_s)
+        self.latencies_s[ticket.request.tier].append(time.monotonic() - ticket.submitted_s)
         self.metrics.images.labels(ticket.request.tier).inc(len(result.files))
         return result
 
@@ -247,15 +269,13 @@ class Service:
         links_only: by their URL, however they were asked for; null for one that has expired.
         Raises NotFound for an image that has expired.
         """
-        by_url = links_only or answer["response_format"] == "url"
-        data = []
-        for index, image in enumerate(answer["images"]):
-            if by_url:
-                url = await asyncio.to_thread(self.pictures.url, image["id"])
-                data.append(schemas.ImageOut(url=url, seed=image["seed"]))
-            else:
-                file = files[index] if files else (await asyncio.to_thread(self.pictures.read, image["id"]))[0]
-                data.append(schemas.ImageOut(b64_json=schemas.to_base64(file), seed=image["seed"]))
+        ids, seeds = zip(*((image["id"], image["seed"]) for image in answer["images"]), strict=True)
+        if links_only or answer["response_format"] == "url":
+            urls = await asyncio.to_thread(self.pictures.urls, ids)
+            data = [schemas.ImageOut(url=url, seed=seed) for url, seed in zip(urls, seeds, strict=True)]
+        else:
+            read = await asyncio.to_thread(self.pictures.read_all, ids) if files is None else files
+            data = await in_thread_if(sum(map(len, read)) > LARGE, functools.partial(_inline, read, seeds))
         known = {name: value for name, value in answer.items() if name not in ("images", "response_format")}
         return schemas.ImagesOut(data=data, **known)
 
@@ -275,11 +295,9 @@ class Service:
             yield First(None, repeatable=False)
             return
         claim, fingerprint = (key.id, idempotency_key), schemas.fingerprint(kind, body)
-        while True:
-            found = await self._claim(*claim, fingerprint)
-            if found.state != "running":
-                break
-            await asyncio.sleep(_POLL_S)
+        while (found := await self._claim(*claim, fingerprint)).state == "running":
+            with contextlib.suppress(TimeoutError):  # it may be another process that works on it
+                await asyncio.wait_for(self._claims.setdefault(claim, asyncio.Event()).wait(), _POLL_S)
         if found.state == "conflict":
             raise errors.Conflict("this Idempotency-Key was used for another request; use a new one")
         first = First(found.answer)
@@ -292,7 +310,8 @@ class Service:
             settle: Callable[[], object] = functools.partial(self.store.forget_idempotent, *claim, self.owner)
             if first.answer is not None:
                 settle = functools.partial(self.store.complete_idempotent, *claim, self.owner, first.answer)
-            await asyncio.shield(asyncio.to_thread(settle))  # whether or not the client still listens
+            await _to_the_end(patience.patiently(settle))  # whether or not the client still listens
+            self._claims.pop(claim, asyncio.Event()).set()
 
     async def _claim(self, key_id: str, idempotency_key: str, fingerprint: str) -> records.Idempotent:
         """Ask whether to do the work. Cancelled, it gives back what the database may yet give it."""
@@ -318,20 +337,33 @@ class Service:
             await asyncio.to_thread(self.store.forget_idempotent, key_id, idempotency_key, self.owner)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Made:
-    """An answer as it is stored, and its images' files."""
-
-    answer: dict[str, Any]
-    files: Sequence[bytes]
-
-
 @dataclasses.dataclass(slots=True)
 class First:
     """answer: of the first request; None: it is this one. repeatable: others may come and want it."""
 
     answer: dict[str, Any] | None
     repeatable: bool = True
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The answer, once there is one."""
+        assert self.answer is not None, "the request was made"
+        return self.answer
+
+
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """`work` is done to its end even if who waits for it is cancelled, which then takes effect."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+async def in_thread_if(large: bool, work: Callable[[], T]) -> T:
+    """What is large keeps a thread busy, and not the event loop."""
+    return await asyncio.to_thread(work) if large else work()
 
 
 def _code(error: engine_errors.Failed) -> str:
@@ -349,6 +381,12 @@ def _partial(plan: Plan, index: int, number: int, file: bytes) -> schemas.Partia
         size=plan.size,
         output_format=plan.body.output_format,
     )
+
+
+def _inline(files: Sequence[bytes], seeds: Sequence[int]) -> list[schemas.ImageOut]:
+    return [
+        schemas.ImageOut(b64_json=schemas.to_base64(file), seed=seed) for file, seed in zip(files, seeds, strict=True)
+    ]
 
 
 def _completed(answer: schemas.ImagesOut) -> list[schemas.CompletedEvent]:

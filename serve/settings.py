@@ -64,7 +64,7 @@ class Settings(pydantic_settings.BaseSettings):
     port: Annotated[int, pydantic.Field(ge=0, le=65535)] = 8000
     public_url: str | None = None
     auth: Literal["none", "keys"] = "none"
-    admin_key: pydantic.SecretStr | None = None
+    admin_key: Annotated[pydantic.SecretStr, pydantic.Field(min_length=16)] | None = None
 
     premium: str = "shapes-teacher"
     turbo: str = "shapes-student"
@@ -95,6 +95,7 @@ class Settings(pydantic_settings.BaseSettings):
 
     max_queued_jobs: Count = 10_000
     job_concurrency: Count = 16
+    job_attempts: Count = 10
     lease_s: Positive = 30.0
     image_ttl_s: Positive = 3600.0
     job_ttl_s: Positive = 7 * 86400.0

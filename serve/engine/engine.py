@@ -2,8 +2,8 @@
 
 One thread owns the device and turns forever: let new images join, read their prompts, take one step for every image of
 the tier whose turn it is, decode those that are done. So a request joins and leaves at any step, images at different
-steps share a pass, and a tier waits for one pass of the other at most, never for a whole generation. Other threads
-encode the files meanwhile.
+steps share a pass, and tiers take turns by passes and never wait for a whole generation. Other threads encode the files
+meanwhile.
 """
 
 import concurrent.futures
@@ -66,8 +66,9 @@ class Engine:
     def submit(self, request: ImageRequest, on_preview: OnPreview | None = None) -> Ticket:
         """Queue a request. Raises Busy, or Draining, at once where it is not admitted; then nothing of it is kept."""
         ticket = Ticket(request, on_preview, self._tidy)
-        now_s, passes = time.monotonic(), self.models[request.tier].passes(request.steps)
-        samples = [Sample(ticket, index, now_s, passes) for index in range(len(request.seeds))]
+        passes = self.models[request.tier].passes(request.steps)
+        samples = [Sample(ticket, index, ticket.submitted_s, passes) for index in range(len(request.seeds))]
+        ticket.shares = [sample.compute for sample in samples]
         with self._changed:
             if self._draining:
                 raise errors.Draining("the service is closing; send the request again, to another one", 1.0)
@@ -177,14 +178,16 @@ class Engine:
             chosen = lane.turn()
         self._begin(lane, joined)
         chosen = [sample for sample in chosen if not sample.ticket.over]
+        pixels: list[Pixels] = []
         if chosen:
             previews = self._stages.step(lane, chosen)
             done = [sample for sample in chosen if not sample.remaining]
             with self._changed:
                 lane.active = [sample for sample in lane.active if sample.remaining]
             finals = [(sample, None, sample.trajectory.x_t) for sample in done if sample.trajectory]
-            self._write(lane, self._stages.decode(lane, [*previews, *finals]))
+            pixels = self._stages.decode(lane, [*previews, *finals])
         lane.spent_s += (self._stages.now_s() - began_s) / lane.limits.weight
+        self._write(lane, pixels)
 
     def _begin(self, lane: Lane, joined: Sequence[Sample]) -> None:
         now_s = time.monotonic()

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import heapq
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,6 +72,15 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sample]:
         return (sample for waiting in self._by_key.values() for sample in waiting)
+
+    def of(self, key: str) -> int:
+        """Images of a key that wait."""
+        return len(self._by_key.get(key, ()))
+
+    def before(self, key: str, images: int) -> list[Sample]:
+        """Those whose turn comes before the last of so many more of a key."""
+        turns = self.of(key) + images
+        return [sample for waiting in self._by_key.values() for sample in itertools.islice(waiting, turns)]
 
     def push(self, samples: Iterable[Sample]) -> None:
         for sample in samples:
@@ -169,9 +179,10 @@ class Lane:
     def predicted_wait_s(self, images: int, share: float, like: Sample | None = None) -> float:
         """Until the last of `images` more would start, as the images before it are measured to take.
 
-        share: of the device that this tier has. like: one of the images; None: they are like those before them.
+        share: of the device that this tier has. like: one of the images, whose key has its turns; None: they are like
+        those before them, and come last.
         """
-        before = [*self.active, *self.queue]
+        before = [*self.active, *(self.queue.before(like.request.key, images) if like else self.queue)]
         ahead = [(float(sample.remaining), float(sample.request.rows)) for sample in before]
         if usual := [like] if like else before:
             passes, rows = ([one.passes for one in usual], [one.request.rows for one in usual])
@@ -190,11 +201,15 @@ class Lane:
         return seconds / share
 
     def admit(self, samples: Sequence[Sample], share: float) -> None:
-        """Queue all of a request's images or, with Busy, none."""
+        """Queue all of a request's images or, with Busy, none.
+
+        A key that has none waiting may go beyond a queue that others have filled: no flood shuts it out.
+        """
         limits, queued = self.limits, len(self.queue)
+        own = queued == 0 or self.queue.of(samples[0].request.key) > 0
         wait_s = self.predicted_wait_s(len(samples), share, samples[0])
         free = max(0, self.fits - len(self.active))
-        if queued + len(samples) > limits.max_queued + free:
+        if own and queued + len(samples) > limits.max_queued + free:
             raise errors.Busy(
                 f"the {self.tier} tier has {queued} images waiting and takes {limits.max_queued}; try again later",
                 _retry_after_s(wait_s),

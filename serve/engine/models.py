@@ -58,7 +58,7 @@ class Model:
         return FewStepTrajectory(self.denoiser, self.timesteps[request.steps], shape, seed, self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float32 in [-1, 1] on the CPU; not finite where the latents are not.
+        """Images (B, 3, H, W) float32 in [-1, 1], on the device; not finite where the latents are not.
 
         An autoencoder that overflows in half precision, as SDXL's does, goes on in float32 from then on.
         """
@@ -70,7 +70,7 @@ class Model:
             vae.to(torch.float32)
             return self.decode(latents)
         # Clamping would make white of what is infinite.
-        return torch.where(torch.isfinite(images), images, torch.nan).clamp(-1, 1).cpu()
+        return torch.where(torch.isfinite(images), images, torch.nan).clamp(-1, 1)
 
 
 def _weight(module: nn.Module) -> Tensor:

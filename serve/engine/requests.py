@@ -3,7 +3,8 @@
 import concurrent.futures
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from serve.engine import errors
@@ -84,6 +85,9 @@ class Ticket:
         self.request, self.on_preview = request, on_preview
         self.future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         self.compute = Compute()
+        self.submitted_s = time.monotonic()
+        self.shares: Sequence[Compute] = ()
+        """What each image has taken so far."""
         self._on_cancel = on_cancel
         self._files: dict[int, bytes] = {}
         # Re-entrant: whoever is told of the outcome may look at the ticket.

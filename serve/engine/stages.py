@@ -34,7 +34,7 @@ Made = TypeVar("Made")
 
 
 class Stages:
-    """prompt_cache_bytes: embeddings that are kept. failures: images that failed since one went well."""
+    """prompt_cache_bytes: embeddings that are kept. failures: requests that failed since an image went well."""
 
     def __init__(self, models: Mapping[str, Model], prompt_cache_bytes: int, observer: Observer) -> None:
         self.failures = 0
@@ -149,8 +149,7 @@ class Stages:
                 if fine:
                     pixels.append((sample, number, image_uint8))
                 else:
-                    self.failures += 1
-                    sample.ticket.fail(errors.NotFinite("the network made NaN or infinite values for this image"))
+                    self._give_up(sample, errors.NotFinite("the network made NaN or infinite values for this image"))
         seconds = self.now_s() - began_s
         self._observer.staged(lane.tier, "decode", seconds)
         lane.estimates.decode_s.observe(seconds / len(latents))
@@ -208,15 +207,21 @@ class Stages:
 
     def _fail(self, lane: Lane, sample: Sample, problem: Exception) -> None:
         log.error("an image of the %s tier failed", lane.tier, exc_info=problem)
-        self.failures += 1
         if is_out_of_memory(problem):
             sample.ticket.fail(errors.OutOfMemory("not even one image of this size fits into memory"))
         else:
-            sample.ticket.fail(errors.Failed("the image could not be made"))
+            self._give_up(sample, errors.Failed("the image could not be made"))
+
+    def _give_up(self, sample: Sample, error: errors.Failed) -> None:
+        """A request counts once, however many images it has: one alone must not make the engine look sick."""
+        self.failures += not sample.ticket.over
+        sample.ticket.fail(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(said in str(error) for said in ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def _advance(sample: Sample, prediction: Tensor) -> list[Latents]:

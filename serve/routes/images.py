@@ -71,14 +71,14 @@ async def generate(
         return StreamingResponse(_sent(request, events), media_type="text/event-stream", headers=_NO_BUFFERING)
     answer = await deps.until_left(request, service.generate(key, body, idempotency_key))
     served = {"X-Tier-Served": answer.model}
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json", headers=served)
+    return await deps.written(answer, headers=served)
 
 
 async def accept(jobs: Jobs, key: Key, body: schemas.JobBody, idempotency_key: str | None) -> Response:
     """Answer 202 with a new job."""
     job = await jobs.create(key, body, idempotency_key)
     headers = {"Location": f"/v1/jobs/{job.id}", "Preference-Applied": "respond-async"}
-    return Response(job.model_dump_json(), status_code=202, media_type="application/json", headers=headers)
+    return await deps.written(job, status_code=202, headers=headers)
 
 
 @router.get(
@@ -136,4 +136,5 @@ async def _next(events: AsyncIterator[Event | None]) -> Event | None:
 
 
 def _failure(error: errors.ServiceError, request: Request) -> bytes:
+    request.app.state.metrics.errors.labels(error.code).inc()
     return f"event: error\ndata: {json.dumps(error.envelope(request.state.request_id))}\n\n".encode()

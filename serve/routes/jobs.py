@@ -50,9 +50,9 @@ async def page(
 
 
 @router.get("/{job_id}", response_model=schemas.JobOut, responses=deps.refusals(400, 401, 403, 404))
-async def get(job_id: str, key: deps.Caller, jobs: deps.TheJobs) -> schemas.JobOut:
+async def get(job_id: str, key: deps.Caller, jobs: deps.TheJobs) -> Response:
     """A job, with its result once it has one."""
-    return await jobs.get(key, _checked(job_id))
+    return await deps.written(await jobs.get(key, _checked(job_id)))
 
 
 @router.post("/{job_id}/cancel", response_model=schemas.CancelOut, responses=deps.refusals(400, 401, 403, 404))

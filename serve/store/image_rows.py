@@ -1,6 +1,7 @@
 """Which pictures there are and until when; their bytes are in an ImageFolder."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import sqlalchemy
 from sqlalchemy import orm
@@ -17,13 +18,17 @@ class Images(database.Database):
 
     def get_image(self, image_id: str) -> records.Image | None:
         """None for an unknown or expired one."""
+        return self.get_images([image_id]).get(image_id)
+
+    def get_images(self, image_ids: Sequence[str]) -> dict[str, records.Image]:
+        """By id; unknown and expired ones are left out."""
+        query = sqlalchemy.select(ImageRow).where(ImageRow.id.in_(image_ids), ImageRow.expires_at > self._now())
         with self._reading() as session:
-            row = session.scalar(
-                sqlalchemy.select(ImageRow).where(ImageRow.id == image_id, ImageRow.expires_at > self._now())
-            )
-        if row is None:
-            return None
-        return records.Image(**{field.name: getattr(row, field.name) for field in dataclasses.fields(records.Image)})
+            return {row.id: _image(row) for row in session.scalars(query)}
+
+
+def _image(row: ImageRow) -> records.Image:
+    return records.Image(**{field.name: getattr(row, field.name) for field in dataclasses.fields(records.Image)})
 
 
 def put(session: orm.Session, image: records.Image) -> None:

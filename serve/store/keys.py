@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import sqlalchemy
 
-from serve.store import database, records, tables
+from serve.store import database, locks, records, tables
 from serve.store.tables import KeyRow
 
 _PREFIX_CHARACTERS = 12
@@ -35,10 +35,11 @@ class Keys(database.Database):
         secret: None for a key that nobody can present, as that of a service without authentication.
         """
         with self._writing() as session:
+            locks.hold(session, locks.KEYS)  # of processes that start together, one makes it
             row = session.get(KeyRow, key_id) or KeyRow(id=key_id, created_at=self._now())
             _describe(row, name, scopes, secret or secrets.token_urlsafe(32))
-            if secret is None:
-                row.prefix = ""
+            # People chose it, and it may be short: nothing of it is shown.
+            row.prefix = "" if secret is None else "settings"
             row.requests_per_minute = row.monthly_budget_nanousd = row.revoked_at = None
             session.add(row)
         return _key(row)

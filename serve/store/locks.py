@@ -9,7 +9,7 @@ from sqlalchemy import orm
 _SPACE = 0x646B64
 """Tells our advisory locks from those of other programs in the same database."""
 
-MIGRATION, QUEUE = 1, 2
+MIGRATION, QUEUE, KEYS = 1, 2, 3
 
 
 def hold(connection: sqlalchemy.Connection | orm.Session, lock: int) -> None:

@@ -85,10 +85,13 @@ class Live:
         self.until(lambda: not any(engine.queued(tier) + engine.active(tier) for tier in engine.models))
 
     @contextlib.contextmanager
-    def occupied(self, images: int = 2) -> Iterator[httpx.Response]:
-        """Keeps the premium tier busy with somebody else's stream of images, 100 steps each, for the block's time."""
+    def occupied(self, images: int = 2, by: httpx.Client | None = None) -> Iterator[httpx.Response]:
+        """Keeps the premium tier busy with a stream of images, 100 steps each, for the block's time.
+
+        by: whose stream it is; None: somebody else's, beside whose one further request of the caller has its turn.
+        """
         body = {"model": "premium", "prompt": PROMPT, "n": images, "num_inference_steps": 100, "stream": True}
-        with self.user().stream("POST", "/v1/images/generations", json=body) as admitted:
+        with (by or self.user()).stream("POST", "/v1/images/generations", json=body) as admitted:
             assert admitted.status_code == 200
             yield admitted
         self.until_idle()

@@ -254,9 +254,15 @@ def test_previews_come_nearer_to_the_image(user: httpx.Client) -> None:
 
 def test_what_a_stream_refuses_it_refuses_before_it_begins(user: httpx.Client, narrow: Live) -> None:
     refused(user.post(GENERATIONS, json=body(stream=True, n=99)), 400, "n")
-    with narrow.occupied():
-        answer = narrow.user().post(GENERATIONS, json=premium(stream=True))
+    with narrow.occupied(by=(flooding := narrow.user())):
+        answer = flooding.post(GENERATIONS, json=premium(stream=True))
     refused(answer, 503, code="overloaded")
+
+
+def test_a_full_queue_of_one_key_lets_another_in(narrow: Live) -> None:
+    with narrow.occupied(by=(flooding := narrow.user())):
+        refused(flooding.post(GENERATIONS, json=premium(num_inference_steps=2)), 503, code="overloaded")
+        made(narrow.user(), premium(num_inference_steps=2))
 
 
 def test_whoever_leaves_a_stream_frees_the_device(narrow: Live) -> None:
@@ -275,7 +281,7 @@ def test_whoever_leaves_a_stream_frees_the_device(narrow: Live) -> None:
 def test_a_busy_premium_tier_is_served_by_turbo_where_that_is_allowed(narrow: Live) -> None:
     given = premium(allow_downgrade=True, guidance_scale=2.5, negative_prompt="blue", seed=11)
     user = narrow.user()
-    with narrow.occupied():
+    with narrow.occupied(by=user):
         answer = user.post(GENERATIONS, json=given)
         found = events(user, premium(allow_downgrade=True))
         previews = user.post(GENERATIONS, json=premium(allow_downgrade=True, stream=True, partial_images=1))

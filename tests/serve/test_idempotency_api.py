@@ -85,7 +85,7 @@ def test_the_same_key_of_another_caller_is_another(live: Live) -> None:
 
 def test_a_failed_request_can_be_sent_again(narrow: Live) -> None:
     user, headers = narrow.user(), once()
-    with narrow.occupied():
+    with narrow.occupied(by=user):
         refused(user.post(GENERATIONS, json=premium(), headers=headers), 503)
         refused(user.post(GENERATIONS, json=premium(), headers=headers), 503)
     first = made(user, premium(), **headers)

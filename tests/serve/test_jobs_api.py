@@ -237,10 +237,11 @@ def test_a_job_waits_for_a_busy_tier_instead_of_failing(narrow: Live) -> None:
 def test_a_job_whose_budget_is_gone_by_then_fails_and_says_why(narrow: Live) -> None:
     key = narrow.new_key(monthly_budget_usd=1)
     user = narrow.client(key["secret"])
-    with narrow.occupied():
-        waiting = created(user, premium())["id"]
-        now = datetime.datetime.now(datetime.UTC)
-        narrow.built.service.store.record_usage(Usage(key["id"], "turbo", 1, 1.0, 10**9, 10**9, now))
-        job = ended(narrow, user, waiting)
+    # One job at a time: this one waits in the store.
+    created(narrow.user(), premium(num_inference_steps=100, n=2))
+    waiting = created(user, premium())["id"]
+    now = datetime.datetime.now(datetime.UTC)
+    narrow.built.service.store.record_usage(Usage(key["id"], "turbo", 1, 1.0, 10**9, 10**9, now))
+    job = ended(narrow, user, waiting)
     assert job["status"] == "failed" and job["result"] is None
     assert job["error"]["code"] == "insufficient_quota" and "$1 are spent" in job["error"]["message"]

@@ -184,7 +184,7 @@ def test_a_spent_budget_is_insufficient_quota(make: Make) -> None:
 def test_a_full_queue_is_a_server_error_that_names_a_time(narrow: Live) -> None:
     with (
         openai.OpenAI(base_url=f"{narrow.url}/v1", api_key=ADMIN, max_retries=0) as client,
-        narrow.occupied(),
+        narrow.occupied(by=narrow.client()),
         pytest.raises(openai.InternalServerError) as caught,
     ):
         client.images.generate(model="premium", prompt=PROMPT)

@@ -119,6 +119,29 @@ def test_too_long_a_wait_is_refused_and_says_for_how_long() -> None:
     lane.admit(doubles.waiting(lane), share=1)
 
 
+def test_a_queue_that_one_key_has_filled_lets_another_in_once() -> None:
+    lane = Lane("premium", Limits(max_batch=1, max_queued=2, max_wait_s=1e9))
+    lane.admit(doubles.waiting(lane, 3, key="flood"), share=1)
+    lane.join()
+    with pytest.raises(errors.Busy):
+        lane.admit(doubles.waiting(lane, key="flood"), share=1)
+    lane.admit(doubles.waiting(lane, key="single"), share=1)
+    with pytest.raises(errors.Busy):
+        lane.admit(doubles.waiting(lane, key="single"), share=1)
+    assert [lane.queue.pop().request.key for _ in range(3)] == ["flood", "single", "flood"]
+
+
+def test_the_wait_counts_to_the_turn_of_ones_key() -> None:
+    """One image of 100 passes of 10 ms is on its way; a key has forty waiting, and another key's turn is second."""
+    lane = measured(Lane("premium", Limits(max_batch=1, max_queued=100, max_wait_s=3)))
+    lane.limits = Limits(max_batch=1, max_queued=100, max_wait_s=1e9)
+    lane.admit(doubles.waiting(lane, 41, key="flood", steps=100), share=1)
+    lane.join()
+    assert lane.predicted_wait_s(1, 1, doubles.waiting(lane, key="flood", steps=100)[0]) == pytest.approx(41)
+    assert lane.predicted_wait_s(1, 1, doubles.waiting(lane, key="single", steps=100)[0]) == pytest.approx(2)
+    assert lane.predicted_wait_s(2, 1, doubles.waiting(lane, 2, key="single", steps=100)[0]) == pytest.approx(4)
+
+
 def test_retry_after_is_whole_seconds_and_at_least_one() -> None:
     lane = measured(Lane("premium", Limits(max_batch=1, max_queued=1, max_wait_s=1e9)), row_s=1e-4)
     lane.admit(doubles.waiting(lane, 2), share=1)
