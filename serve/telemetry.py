@@ -118,7 +118,9 @@ class Metrics:
         self.queue_depth = self._gauge("queue_depth", "Images that wait", "tier")
         self.active_images = self._gauge("active_images", "Images that are being denoised", "tier")
         self.queue_wait_seconds = self._seconds("queue_wait_seconds", "From arrival to the first step", "tier")
-        self.batch_rows = self._histogram("batch_rows", "Rows of the network's input in a pass; a guided image has two", ROWS_BUCKETS, "tier")
+        self.batch_rows = self._histogram(
+            "batch_rows", "Rows of the network's input in a pass; a guided image has two", ROWS_BUCKETS, "tier"
+        )
         self.step_seconds = self._seconds("step_seconds", "One denoising step of a batch", "tier")
         self.stage_seconds = self._seconds("stage_seconds", "Text, denoise, decode or encode", "stage", "tier")
         self.request_seconds = self._seconds("request_seconds", "HTTP requests", "route", "method", "status")
