@@ -100,7 +100,8 @@ def _settings(given: dict[str, Any]) -> Settings:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise errors.ConfigError(f"setting {name}: {first['msg']}; given was {first['input']!r}") from None
+        given_was = "" if "key" in name or "secret" in name else f"; given was {first['input']!r}"
+        raise errors.ConfigError(f"setting {name}: {first['msg']}{given_was}") from None
 
 
 def _serve(settings: Settings) -> None:

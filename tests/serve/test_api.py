@@ -275,6 +275,20 @@ def test_whoever_leaves_a_stream_frees_the_device(narrow: Live) -> None:
         assert narrow.passes("premium") - before <= 3
 
 
+def test_whoever_leaves_pays_for_what_was_taken(live: Live) -> None:
+    user = live.user()
+    with user.stream("POST", GENERATIONS, json=premium(num_inference_steps=100, stream=True)) as stream:
+        before = live.passes("premium")
+        live.until(lambda: live.passes("premium") > before + 3)
+        stream.close()
+    live.until(lambda: user.get("/v1/usage").json()["total"]["requests"] == 1)
+    total = user.get("/v1/usage").json()["total"]
+    assert total["images"] == 0 and total["cost_usd"] > 0
+    assert total["cost_usd"] == pytest.approx(
+        total["compute_ms"] / 3.6e6 * live.settings.price_per_gpu_hour_usd, abs=1e-9
+    )
+
+
 # --- a busy tier ------------------------------------------------------------------------------------
 
 

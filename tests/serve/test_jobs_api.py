@@ -2,15 +2,16 @@
 
 import base64
 import datetime
+import pathlib
 import time
 from typing import Any
 
 import httpx
 import pytest
 
-from serve.store import Usage
+from serve.store import Store, Usage
 from tests.serve.conftest import Start
-from tests.serve.live import Live, refused
+from tests.serve.live import ADMIN, Live, refused
 from tests.serve.test_api import GENERATIONS, body, files, made, premium
 
 
@@ -223,6 +224,19 @@ def test_a_full_store_refuses_with_a_time_to_come_back(narrow: Live) -> None:
         for job_id in reversed(ids):
             cancelled(user, job_id)
         narrow.until_idle()
+
+
+def test_a_job_that_ends_its_process_again_and_again_is_given_up(start: Start, tmp_path: pathlib.Path) -> None:
+    database_url, job_id = f"sqlite:///{tmp_path}/service.db", f"job_{'0' * 32}"
+    store = Store(database_url)
+    store.ensure_key("admin", "admin", ["admin", "generate"], ADMIN)
+    store.add_job(job_id, "admin", body(), None, most_queued=None)
+    for _ in range(2):
+        assert [job.id for job in store.claim_jobs("one that died", 1, lease_s=0)] == [job_id]
+    store.close()
+    live = start(database_url=database_url, job_attempts=2)
+    job = ended(live, live.client(), job_id)
+    assert job["status"] == "failed" and job["error"]["code"] == "too_many_attempts" and job["attempts"] == 3
 
 
 def test_a_job_waits_for_a_busy_tier_instead_of_failing(narrow: Live) -> None:

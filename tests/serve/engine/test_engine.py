@@ -326,6 +326,18 @@ def test_a_file_says_what_made_it(toys: Pair) -> None:
 # --- health -----------------------------------------------------------------------------------------
 
 
+def test_one_request_alone_makes_no_sick_engine(toys: Pair) -> None:
+    def broken(call: int, given: Any) -> None:
+        raise RuntimeError("device-side assert")
+
+    with doubles.running(toys) as engine:
+        unet(toys).before = broken
+        with pytest.raises(errors.Failed, match="could not be made"):
+            engine.submit(doubles.request(seeds=tuple(range(10)))).result(doubles.PATIENCE_S)
+        unet(toys).before = lambda call, given: None
+        assert engine.healthy
+
+
 def test_many_failures_in_a_row_are_a_sick_engine_and_a_success_a_healthy_one(toys: Pair) -> None:
     def broken(call: int, given: Any) -> None:
         raise RuntimeError("device-side assert")

@@ -1,0 +1,54 @@
+"""Settings: each is documented, and a malformed one is told in one line."""
+
+import pathlib
+
+import pytest
+
+from diffusion_kd import errors
+from serve import __main__ as entry
+from serve import settings
+
+OPERATIONS = (pathlib.Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
+def fields() -> list[str]:
+    tiers = {**settings.TurboSettings.model_fields, **settings.PremiumSettings.model_fields}
+    return [*settings.Settings.model_fields, *tiers]
+
+
+@pytest.mark.parametrize("field", fields())
+def test_every_setting_is_in_the_operators_table(field: str) -> None:
+    rows = [line.split("|")[1] for line in OPERATIONS.splitlines() if line.startswith("| `")]
+    assert any(f"`{field}`" in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("PORT", "eighty", "setting port: "),
+        ("TURBO_TIER__MAX_BATCH", "0", "setting turbo_tier.max_batch: "),
+        ("TURBO_TIER__SIZES", "512x512", "a list is given as JSON"),
+        ("PREMIUM_TIER__SPEED", "3", "setting premium_tier.speed: "),
+        ("ADMIN_KEY", "hunter2", "setting admin_key: "),
+    ],
+)
+def test_a_malformed_setting_is_told(name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"DIFFUSION_KD_{name}", value)
+    with pytest.raises(errors.ConfigError) as caught:
+        entry._settings({})
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSION_KD_PORT", "1234")
+    monkeypatch.setenv("DIFFUSION_KD_TURBO_TIER__MAX_BATCH", "3")
+    assert entry._settings({}).port == 1234 and entry._settings({"port": 5}).port == 5
+    assert entry._settings({}).turbo_tier.max_batch == 3
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)]
+)
+def test_which_hosts_are_this_machine_alone(host: str, loopback: bool) -> None:
+    assert settings.Settings(host=host).loopback is loopback
