@@ -12,9 +12,11 @@ from serve.engine.models import Model
 
 log = logging.getLogger(__name__)
 
+_MADE_HERE = pathlib.Path("runs/eval/report.json")
+
 
 def find(turbo: Model, given: pathlib.Path | None) -> schemas.EvaluationOut | None:
-    """The evaluation of the student, from `given` or else from a report.json in or beside its folder.
+    """The evaluation of the student, from `given`, or else from a report.json beside its folder or of `make evaluate`.
 
     A report of other weights is none. Raises ConfigError if `given` cannot be read or is of other weights.
     """
@@ -23,8 +25,7 @@ def find(turbo: Model, given: pathlib.Path | None) -> schemas.EvaluationOut | No
         if found is None:
             raise errors.ConfigError(f"{given} is no evaluation of {turbo.version}; make one with python -m eval.run")
         return found
-    folder = artifact.resolve(turbo.source)
-    for path in (folder / "report.json", folder.parent / "report.json", folder.parent / f"{folder.name}.report.json"):
+    for path in (artifact.resolve(turbo.source).parent / "report.json", _MADE_HERE):
         if path.is_file() and (found := _read(path, turbo.sha256)) is not None:
             return found
     return None

@@ -170,6 +170,21 @@ def test_a_report_of_the_student_is_shown(live: Live, tmp_path: pathlib.Path) ->
     assert (found.verdict, found.protocol, found.steps) == ("PASS", "shapes@1", {"1": "PASS"})
 
 
+def test_the_report_of_make_evaluate_is_found(
+    live: Live, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turbo = live.built.service.engine.models["turbo"]
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.find(turbo, None) is None
+    made_here = tmp_path / "runs" / "eval" / "report.json"
+    made_here.parent.mkdir(parents=True)
+    written(made_here, live)
+    found = evaluation.find(turbo, None)
+    assert found is not None and found.verdict == "PASS"
+    written(made_here, live, models={"student": {"artifact_sha256": "0" * 64}})
+    assert evaluation.find(turbo, None) is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [
