@@ -147,7 +147,7 @@ def test_a_redirect_is_not_followed(service: Inside) -> None:
 # --- where none may go ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("secret", [SECRET, None])
+@pytest.mark.parametrize("secret", [SECRET, None], ids=["a secret", "none"])
 def test_by_default_no_private_address_and_nothing_without_a_secret(tmp_path: pathlib.Path, secret: str | None) -> None:
     urls = ["http://127.0.0.1:9/", "http://localhost/", "http://10.0.0.1/", "http://[::1]/", "http://169.254.169.254/"]
     urls += ["http://2130706433/", "http://0x7f.1/", "ftp://example.com/"] if secret else ["https://example.com/"]
