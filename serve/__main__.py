@@ -14,8 +14,8 @@ import pydantic_settings
 import uvicorn
 
 from diffusion_kd import errors
-from serve import api, build, connections, costs, telemetry
-from serve.settings import Settings
+from serve import api, build, connections, costs, schemas, telemetry
+from serve.settings import Settings, unknown_variables
 
 _SAME_SIGNAL_S = 1.0
 _AFTER_DRAIN_S = 5
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-folder", type=pathlib.Path, metavar="DIR", help="database and images; runs/service unless given")
     add("--log-format", choices=("console", "json"))
     commands = parser.add_subparsers(dest="command", title="commands")
-    keys = commands.add_parser("keys", help="create, list and revoke API keys")
+    keys = commands.add_parser("keys", help="create, list and revoke API keys; other options go before this word")
     actions = keys.add_subparsers(dest="action", required=True)
     create = actions.add_parser("create", help="make a key and show its secret, once")
     create.add_argument("--name", required=True)
@@ -93,6 +93,8 @@ def main() -> None:
 
 
 def _settings(given: dict[str, Any]) -> Settings:
+    if unknown := unknown_variables():
+        raise errors.ConfigError(f"{unknown[0]} is no setting; docs/operations.md lists those that are")
     try:
         return Settings(**given)
     except pydantic_settings.SettingsError as error:
@@ -101,7 +103,8 @@ def _settings(given: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         given_was = "" if "key" in name or "secret" in name else f"; given was {first['input']!r}"
-        raise errors.ConfigError(f"setting {name}: {first['msg']}{given_was}") from None
+        said = first["msg"].replace("items after validation", "characters")  # pydantic's words for a secret
+        raise errors.ConfigError(f"setting {name}: {said}{given_was}") from None
 
 
 def _serve(settings: Settings) -> None:
@@ -142,11 +145,9 @@ def _keys(settings: Settings, given: argparse.Namespace) -> None:
     store = build.open_store(settings)
     try:
         if given.action == "create":
-            scopes = [scope.strip() for scope in given.scopes.split(",")]
-            errors.require(set(scopes) <= {"generate", "admin"}, "--scopes", given.scopes, "generate, admin, or both")
-            usd = given.monthly_budget_usd
-            budget = None if usd is None else costs.to_nanousd(usd)
-            key, secret = store.create_key(given.name, scopes, given.requests_per_minute, budget)
+            body = _key_body(given)
+            budget = None if body.monthly_budget_usd is None else costs.to_nanousd(body.monthly_budget_usd)
+            key, secret = store.create_key(body.name, body.scopes, body.requests_per_minute, budget)
             print(f"{key.id}  {key.name}  {','.join(sorted(key.scopes))}")
             print(f"{secret}  (shown this once)")
         elif given.action == "list":
@@ -156,6 +157,21 @@ def _keys(settings: Settings, given: argparse.Namespace) -> None:
             raise errors.ConfigError(f"there is no key {given.id!r} that is not revoked; see python -m serve keys list")
     finally:
         store.close()
+
+
+def _key_body(given: argparse.Namespace) -> schemas.KeyBody:
+    """The options of `keys create`, under the rules of the API."""
+    try:
+        return schemas.KeyBody(
+            name=given.name,
+            scopes=[scope.strip() for scope in given.scopes.split(",")],
+            requests_per_minute=given.requests_per_minute,
+            monthly_budget_usd=given.monthly_budget_usd,
+        )
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise errors.ConfigError(f"--{option}: {first['msg']}; given was {ascii(first['input'])[:80]}") from None
 
 
 if __name__ == "__main__":

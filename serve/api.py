@@ -64,6 +64,8 @@ async def _lifespan(app: FastAPI, settings: Settings, built: build.Built | None)
         stack.push_async_callback(parts.close)
         app.state.service, app.state.jobs = parts.service, parts.jobs
         app.state.tasks = parts.start()
+        if not await parts.limiter.ping():
+            log.warning("the rate limits' Redis does not answer: requests pass unlimited until it does")
         if settings.otlp_endpoint is not None:
             stack.callback(telemetry.start_tracing(settings.otlp_endpoint, app))
         log.info("ready", extra={"url": build.public_url(settings)})

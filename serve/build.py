@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusion_kd import files
 from diffusion_kd.errors import ConfigError
 from serve import limits, pictures, telemetry, watch, webhooks
 from serve.engine import engine as engines
@@ -141,7 +142,7 @@ def build(settings: Settings, metrics: telemetry.Metrics | None = None) -> Built
 def open_store(settings: Settings) -> Store:
     """The store of the settings, with the key that they define, if any."""
     if settings.database_url is None:
-        settings.data_folder.mkdir(parents=True, exist_ok=True)
+        files.check_folder(settings.data_folder)
     store = Store(settings.database)
     if settings.admin_key is not None:
         store.ensure_key("admin", "admin of the settings", ["admin", "generate"], settings.admin_key.get_secret_value())
@@ -152,10 +153,11 @@ def open_store(settings: Settings) -> Store:
 
 def _check_keys(settings: Settings, store: Store) -> None:
     """Raises ConfigError where keys are asked for and none could make others."""
+    where = f"--data-folder {settings.data_folder} " if settings.database_url is None else ""
     if settings.auth == "keys" and not any("admin" in key.scopes and key.prefix for key in store.list_keys()):
         raise ConfigError(
             "auth is 'keys' and there is no key of an admin; make one with: "
-            "python -m serve keys create --name ME --scopes admin,generate"
+            f"python -m serve {where}keys create --name ME --scopes admin,generate"
         )
 
 

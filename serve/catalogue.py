@@ -202,8 +202,8 @@ def _check_previews(body: schemas.GenerationBody, steps: int, tier: Tier) -> Non
         )
     if body.partial_images >= steps:
         raise errors.InvalidField(
-            f"partial_images is {body.partial_images}; {steps} {'step' if steps == 1 else 'steps'} of the {tier.name} "
-            f"tier leave room for {steps - 1}",
+            f"partial_images is {body.partial_images}; there is room for {steps - 1} in the {steps} "
+            f"{'step' if steps == 1 else 'steps'} of this request to the {tier.name} tier",
             param="partial_images",
         )
 

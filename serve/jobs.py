@@ -269,7 +269,12 @@ class Worker:
         while True:
             try:
                 async with self._service.admitted(key, plan, charged=False) as (carried_out, ticket):
-                    return carried_out, await self._service.outcome(ticket)
+                    try:
+                        return carried_out, await self._service.outcome(ticket)
+                    except asyncio.CancelledError as error:
+                        if error.args != (_HANDED_BACK,):  # whoever takes it back has had this much of the device
+                            await self._service.charge_unmade(key, carried_out, ticket)
+                        raise
             except errors.Overloaded as error:
                 if error.code == "draining":
                     raise _HandedBack from None

@@ -1,12 +1,15 @@
 """Images that outlive their answer: a file in the images' folder, a row in the store, a link."""
 
 import datetime
+import logging
 import secrets
 from collections.abc import Sequence
 
 from serve import errors
 from serve.engine import encoding
 from serve.store import ImageFolder, Store, records
+
+log = logging.getLogger(__name__)
 
 _SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 
@@ -51,6 +54,9 @@ class Pictures:
                 return self._folder.get(image.path), image.media_type
         except FileNotFoundError:
             pass
+        except OSError as error:
+            log.error("an image cannot be read: %s", error)
+            raise unavailable() from None
         raise errors.NotFound("no such image; it may have expired")
 
     def urls(self, image_ids: Sequence[str]) -> list[str | None]:
@@ -62,3 +68,8 @@ class Pictures:
         left_s = (image.expires_at - datetime.datetime.now(datetime.UTC)).total_seconds()
         signed = self._folder.signed_url(image.path, max(1, int(left_s)))
         return signed or f"{self._public_url}/v1/images/{image.id}"
+
+
+def unavailable() -> errors.Overloaded:
+    """The folder of images, or its bucket, does not answer."""
+    return errors.Overloaded("images cannot be stored or read now", code="images_unavailable", retry_after_s=5)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -24,12 +25,16 @@ from serve.settings import Settings
 from serve.store import Store, records
 from serve.telemetry import Metrics
 
+log = logging.getLogger(__name__)
+
 _LATENCIES_KEPT = 1000
 _POLL_S = 1.0
 LARGE = 1_000_000
 """Bytes of images that take the event loop too long to encode: some milliseconds."""
 
 T = TypeVar("T")
+OWN_KEYS = ("anonymous", "admin")
+"""Ids of the keys that the settings make."""
 Event = schemas.PartialImageEvent | schemas.CompletedEvent
 
 
@@ -64,7 +69,7 @@ class Service:
         self.limiter = limiter
         self.latencies_s = {tier: collections.deque[float](maxlen=_LATENCIES_KEPT) for tier in engine.models}
         self.evaluation = evaluation.find(engine.models["turbo"], settings.turbo_report)
-        self._anonymous = store.ensure_key("anonymous", "anonymous", ["generate", "admin"], None)
+        self._anonymous = store.ensure_key(OWN_KEYS[0], "anonymous", ["generate", "admin"], None)
 
     async def authenticate(self, secret: str | None) -> records.Key:
         """Whose request it is. Raises Unauthorized where keys are asked for and this is none."""
@@ -131,7 +136,11 @@ class Service:
         bill, images = self.bill(plan, result), list[records.Image]()
         if (keep_s := self._keep_s(first, plan.body)) is not None:
             images = [self.pictures.record(key.id, plan.request.encoding.format, keep_s) for _ in result.files]
-            await asyncio.to_thread(self.pictures.keep, images, result.files)
+            try:
+                await asyncio.to_thread(self.pictures.keep, images, result.files)
+            except OSError as error:
+                log.error("images cannot be kept: %s", error)
+                raise pictures.unavailable() from None
         await self.ledger.record(self.usage(key, plan, bill))
         self.count_cost(plan, bill)
         first.answer = self.answer(plan, result, bill, images)
@@ -160,9 +169,10 @@ class Service:
                 unmade = not ticket.over
                 ticket.cancel()
                 if charged and unmade:
-                    await _to_the_end(self._charge_unmade(key, plan, ticket))
+                    await _to_the_end(self.charge_unmade(key, plan, ticket))
 
-    async def _charge_unmade(self, key: records.Key, plan: Plan, ticket: Ticket) -> None:
+    async def charge_unmade(self, key: records.Key, plan: Plan, ticket: Ticket) -> None:
+        """What a request had taken when it was taken back: compute without images."""
         device_s = sum(share.device_s for share in ticket.shares)
         if device_s > 0:
             cost = self.price.nanousd(device_s)

@@ -4,13 +4,17 @@ The only module of `serve` that reads the environment. Sums are in US dollars, t
 """
 
 import ipaddress
+import os
 import pathlib
 from typing import Annotated, Any, Literal
 
 import pydantic
 import pydantic_settings
 
-Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+_PREFIX, _OF_TESTS = "DIFFUSION_KD_", "DIFFUSION_KD_TEST_"
+
+Positive = Annotated[float, pydantic.Field(gt=0, le=1e9, allow_inf_nan=False)]
+Named = Annotated[str, pydantic.Field(min_length=1)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 Size = Annotated[str, pydantic.Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 
@@ -56,24 +60,22 @@ class Settings(pydantic_settings.BaseSettings):
     In the environment, tiers are nested with two underscores: `DIFFUSION_KD_TURBO_TIER__MAX_BATCH=16`.
     """
 
-    model_config = pydantic_settings.SettingsConfigDict(
-        env_prefix="DIFFUSION_KD_", env_nested_delimiter="__", extra="forbid"
-    )
+    model_config = pydantic_settings.SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid")
 
-    host: str = "127.0.0.1"
+    host: Named = "127.0.0.1"
     port: Annotated[int, pydantic.Field(ge=0, le=65535)] = 8000
     public_url: str | None = None
     auth: Literal["none", "keys"] = "none"
     admin_key: Annotated[pydantic.SecretStr, pydantic.Field(min_length=16)] | None = None
 
-    premium: str = "shapes-teacher"
-    turbo: str = "shapes-student"
+    premium: Named = "shapes-teacher"
+    turbo: Named = "shapes-student"
     turbo_report: pathlib.Path | None = None
-    device: str = "auto"
+    device: Named = "auto"
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     turbo_tier: TurboSettings = TurboSettings()
     premium_tier: PremiumSettings = PremiumSettings()
-    cpu_threads: Annotated[int, pydantic.Field(ge=0)] = 0
+    cpu_threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     prompt_cache_mb: Annotated[float, pydantic.Field(ge=0)] = 256.0
     encode_threads: Count = 2
 
@@ -84,7 +86,7 @@ class Settings(pydantic_settings.BaseSettings):
     s3_public_endpoint_url: str | None = None
     s3_access_key: str | None = None
     s3_secret_key: pydantic.SecretStr | None = None
-    limits_url: str = "memory://"
+    limits_url: Named = "memory://"
 
     price_per_gpu_hour_usd: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 2.50
     max_body_mb: Positive = 1.0
@@ -141,3 +143,10 @@ class Settings(pydantic_settings.BaseSettings):
             "key": self.s3_access_key,
             "secret": secret,
         }
+
+
+def unknown_variables() -> list[str]:
+    """Of the environment: those that look like settings of ours and are none."""
+    ours = [name.upper() for name in os.environ if name.upper().startswith(_PREFIX)]
+    known = {f"{_PREFIX}{field}".upper() for field in Settings.model_fields}
+    return sorted(name for name in ours if name.split("__")[0] not in known and not name.startswith(_OF_TESTS))

@@ -8,7 +8,7 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
 from serve import deps, errors, schemas
@@ -18,8 +18,17 @@ from serve.service import Event
 from serve.store import Key
 
 log = logging.getLogger(__name__)
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], dependencies=[Depends(deps.known_query)])
 
+_EVENT = {
+    "type": "object",
+    "description": "With `stream`: one of these for each preview and image; `data` is JSON.",
+    "properties": {
+        "event": {"enum": ["image_generation.partial_image", "image_generation.completed", "error"]},
+        "data": {"type": "string"},
+    },
+    "required": ["event", "data"],
+}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _NO_BUFFERING = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 _FILE_HEADERS = {
@@ -48,7 +57,7 @@ Prefer = Annotated[
     response_model=schemas.ImagesOut,
     response_model_exclude_none=True,
     responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+        200: {"content": {"text/event-stream": {"schema": _EVENT}}},
         202: {"model": schemas.JobOut, "description": "Accepted as a job."},
         **deps.refusals(400, 401, 403, 404, 408, 409, 413, 429),
     },
@@ -63,7 +72,7 @@ async def generate(
     prefer: Prefer = None,
 ) -> Response:
     """Generate images now; as server-sent events with `stream`; as a job with `Prefer: respond-async`."""
-    if prefer is not None and "respond-async" in prefer.lower():
+    if "respond-async" in [part.split(";")[0].strip().lower() for part in (prefer or "").split(",")]:
         return await accept(jobs, key, schemas.JobBody(**body.model_dump()), idempotency_key)
     if body.stream:
         events = service.stream(key, body, idempotency_key)

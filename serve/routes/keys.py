@@ -5,6 +5,7 @@ import asyncio
 from fastapi import APIRouter, Depends
 
 from serve import costs, deps, errors, schemas
+from serve.service import OWN_KEYS
 from serve.store import Key
 
 router = APIRouter(prefix="/v1/admin/keys", tags=["admin"], dependencies=[Depends(deps.known_query)])
@@ -30,6 +31,8 @@ async def every(_: deps.Admin, service: deps.TheService, include_revoked: bool =
 @router.delete("/{key_id}", response_model=schemas.RevokedOut, responses=deps.refusals(400, 401, 403, 404))
 async def revoke(key_id: str, _: deps.Admin, service: deps.TheService) -> schemas.RevokedOut:
     """Revoke a key, at once and for ever. Its usage stays; its accepted jobs are still carried out."""
+    if key_id in OWN_KEYS:
+        raise errors.InvalidField(f"the key {key_id} is made by the service's settings; change those", param="key_id")
     if "\0" in key_id or not await asyncio.to_thread(service.store.revoke_key, key_id):
         raise errors.NotFound("no such key, or it is revoked already")
     return schemas.RevokedOut(id=key_id, revoked=True)

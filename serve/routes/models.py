@@ -1,10 +1,10 @@
 """`/v1/models`: the tiers."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from serve import deps, schemas, tiers
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(deps.known_query)])
 
 
 @router.get("", response_model=schemas.ModelsOut, responses=deps.refusals(400, 401, 403))

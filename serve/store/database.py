@@ -124,7 +124,10 @@ def _sqlite(url: sqlalchemy.URL) -> sqlalchemy.Engine:
         )
     path = pathlib.Path(name)
     files.check_folder(path.parent)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.ConfigError(f"the folder {path.parent} cannot be made: {error.strerror}; {_WOULD_DO}") from None
     engine = sqlalchemy.create_engine(url, connect_args={"timeout": _BUSY_S})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

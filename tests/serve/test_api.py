@@ -275,6 +275,17 @@ def test_whoever_leaves_a_stream_frees_the_device(narrow: Live) -> None:
         assert narrow.passes("premium") - before <= 3
 
 
+def test_images_that_cannot_be_kept_are_no_fault_of_the_request(
+    live: Live, user: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(live.built.service.pictures, "keep", away)
+    refused(user.post(GENERATIONS, json=body(response_format="url")), 503, code="images_unavailable")
+    assert user.get("/v1/usage").json()["total"]["requests"] == 0
+
+
 def test_whoever_leaves_pays_for_what_was_taken(live: Live) -> None:
     user = live.user()
     with user.stream("POST", GENERATIONS, json=premium(num_inference_steps=100, stream=True)) as stream:
@@ -309,8 +320,9 @@ def test_a_busy_premium_tier_is_served_by_turbo_where_that_is_allowed(narrow: Li
     assert found[-1]["model"] == "turbo" and found[-1]["downgraded_from"] == "premium"
     refused(previews, 503)  # one step of turbo has no preview to show: better refused than ignored
     assert files(made(user, body(seed=11))) == files(lower)
+    # The stream that kept premium busy was left: compute without images.
     tiers = {day["tier"]: day["images"] for day in user.get("/v1/usage").json()["data"]}
-    assert tiers == {"turbo": 3}
+    assert tiers == {"turbo": 3, "premium": 0}
 
 
 def test_a_premium_tier_that_is_not_busy_serves_what_might_be_downgraded(live: Live) -> None:

@@ -226,6 +226,17 @@ def test_a_full_store_refuses_with_a_time_to_come_back(narrow: Live) -> None:
         narrow.until_idle()
 
 
+def test_a_job_that_is_cancelled_while_it_runs_is_charged_for_what_it_took(live: Live) -> None:
+    user = live.user()
+    before = live.passes("premium")
+    job_id = created(user, premium(num_inference_steps=100, n=3))["id"]
+    live.until(lambda: live.passes("premium") > before + 3)
+    cancelled(user, job_id)
+    assert ended(live, user, job_id)["status"] == "cancelled"
+    total = user.get("/v1/usage").json()["total"]
+    assert total["requests"] == 1 and total["images"] == 0 and total["cost_usd"] > 0
+
+
 def test_a_job_that_ends_its_process_again_and_again_is_given_up(start: Start, tmp_path: pathlib.Path) -> None:
     database_url, job_id = f"sqlite:///{tmp_path}/service.db", f"job_{'0' * 32}"
     store = Store(database_url)

@@ -275,3 +275,9 @@ def test_a_service_without_keys_answers_to_its_own_names(host: str, keyless: Liv
 def test_a_service_without_keys_answers_to_no_other(host: str, keyless: Live) -> None:
     for path in ("/v1/models", "/docs", "/healthz", "/metrics"):
         refused(keyless.client(None).get(path, headers={"Host": host}), 403, code="host_not_allowed")
+
+
+@pytest.mark.parametrize("own", ["anonymous", "admin"])
+def test_keys_of_the_settings_are_not_revoked(own: str, live: Live) -> None:
+    refused(live.client().delete(f"/v1/admin/keys/{own}"), 400, "key_id")
+    assert live.client().get("/v1/admin/keys").status_code == 200

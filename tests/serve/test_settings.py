@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_kd import errors
 from serve import __main__ as entry
-from serve import settings
+from serve import build, settings
 
 OPERATIONS = (pathlib.Path(__file__).parents[2] / "docs" / "operations.md").read_text()
 
@@ -29,7 +29,10 @@ def test_every_setting_is_in_the_operators_table(field: str) -> None:
         ("TURBO_TIER__MAX_BATCH", "0", "setting turbo_tier.max_batch: "),
         ("TURBO_TIER__SIZES", "512x512", "a list is given as JSON"),
         ("PREMIUM_TIER__SPEED", "3", "setting premium_tier.speed: "),
-        ("ADMIN_KEY", "hunter2", "setting admin_key: "),
+        ("ADMIN_KEY", "hunter2", "setting admin_key: Value should have at least 16 characters"),
+        ("IMAGE_TTL_S", "1e12", "setting image_ttl_s: "),
+        ("HOST", "", "setting host: "),
+        ("IMAGE_TTL", "5", "DIFFUSION_KD_IMAGE_TTL is no setting"),
     ],
 )
 def test_a_malformed_setting_is_told(name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +41,33 @@ def test_a_malformed_setting_is_told(name: str, value: str, told: str, monkeypat
         entry._settings({})
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--monthly-budget-usd", "nan"),
+        ("--monthly-budget-usd", "-1"),
+        ("--monthly-budget-usd", "1e30"),
+        ("--requests-per-minute", "-1"),
+        ("--requests-per-minute", str(10**20)),
+        ("--scopes", "generate,root"),
+        ("--name", ""),
+        ("--name", "two\nlines"),
+    ],
+)
+def test_a_key_of_the_command_line_has_the_rules_of_the_api(option: str, value: str) -> None:
+    given = entry._parser().parse_args(["keys", "create", "--name", "n", f"{option}={value}"])
+    with pytest.raises(errors.ConfigError, match=option) as caught:
+        entry._key_body(given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/below"])
+def test_a_data_folder_that_cannot_be_made_is_told(folder: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(errors.ConfigError, match="is a file"):
+        build.open_store(settings.Settings(data_folder=tmp_path / folder))
 
 
 def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
