@@ -28,8 +28,9 @@ from diffusion_kd import errors
 MOST_GROWTH = 0.05
 """Of memory, from the end of the warm-up to the end."""
 WARM_MINUTES = 2.0
-SLACK = {"handles": 2, "connections": 0, "threads": 2, "tasks": 0}
-"""How many more there may be at rest after the work: pools of threads and database connections fill up in time."""
+SLACK = {"handles": 15, "connections": 0, "threads": 32, "tasks": 0}
+"""How many more there may be at rest after the work, for pools fill up in time: the database's has five connections, of
+up to three files each, and that of threads 32."""
 _SAMPLE_S, _CALIBRATION_S, _CLIENTS, _PATIENCE_S = 1.0, 10.0, 16, 120.0
 _BODY = {"model": "turbo", "prompt": "a small red circle on a blue background"}
 _PREMIUM = {"model": "premium", "num_inference_steps": 10}
