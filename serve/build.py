@@ -206,5 +206,6 @@ def _deliverer(settings: Settings, store: Store, metrics: telemetry.Metrics) -> 
         allow_private=settings.webhook_allow_private,
         timeout_s=settings.webhook_timeout_s,
         most_attempts=settings.webhook_attempts,
+        lease_s=settings.lease_s,
         count=lambda outcome: metrics.webhook_deliveries.labels(outcome).inc(),
     )

@@ -304,7 +304,8 @@ class Deliverer:
 
     secret: `whsec_<base64>`. allow_private: see `check_url`. timeout_s: of one attempt, from the resolution of the name
     to the end of the answer, however slowly it trickles. most_attempts: after them a delivery has failed.
-    concurrency: attempts under way at once, of which one receiver gets `PER_RECEIVER`. poll_s: between two looks at
+    concurrency: attempts under way at once, of which one receiver gets `PER_RECEIVER`. lease_s: beside the time of four
+    attempts, after which another process may send what this one has claimed and not sent. poll_s: between two looks at
     the outbox when nobody wakes it. count: told the outcome of each attempt, `delivered`, `retried` or `failed`.
     resolve, ssl_context: other than the system's resolver and the usual authorities; for closed networks and tests.
     Raises ConfigError for a malformed secret.
@@ -323,6 +324,7 @@ class Deliverer:
         timeout_s: float = 10.0,
         most_attempts: int = 8,
         concurrency: int = 16,
+        lease_s: float = 60.0,
         poll_s: float = 2.0,
         count: Callable[[str], object] | None = None,
         resolve: Resolve | None = None,
@@ -334,7 +336,7 @@ class Deliverer:
         _key(secret)
         self._outbox, self._secret, self._allow_private = outbox, secret, allow_private
         self._timeout_s, self._most_attempts, self._poll_s = timeout_s, most_attempts, poll_s
-        self._lease_s = 60 + 4 * timeout_s
+        self._lease_s = lease_s + 4 * timeout_s
         self.owner = f"webhooks-{uuid.uuid4().hex}"
         self._count = count
         self._ssl_context = ssl_context or httpcore.default_ssl_context()
