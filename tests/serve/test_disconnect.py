@@ -210,6 +210,10 @@ def gone_requests(service: Inside) -> float:
 # --- nothing is left --------------------------------------------------------------------------------
 
 
+POOL = 15
+"""Handles of a database's pool, which fills in time: five connections, of up to three files each."""
+
+
 def footprint(service: Inside) -> dict[str, int]:
     """What a client may leave behind."""
     gc.collect()
@@ -243,7 +247,8 @@ def test_those_who_leave_leave_nothing_behind(service: Inside, observer: Halting
         eventually(lambda: idle(service) and not service.server.server_state.connections, what="rest")
 
     leave_in_many_ways(service, settled)
-    before = footprint(service)
-    for _ in range(3):
+    most = footprint(service)
+    most["handles"] += POOL
+    for _ in range(3):  # 45 clients: one handle of each would be far more than the pool
         leave_in_many_ways(service, settled)
-    eventually(lambda: all(footprint(service)[name] <= before[name] for name in before), within_s=10, what=f"{before}")
+    eventually(lambda: all(footprint(service)[name] <= most[name] for name in most), within_s=10, what=f"{most}")
