@@ -28,9 +28,8 @@ from diffusion_kd import errors
 MOST_GROWTH = 0.05
 """Of memory, from the end of the warm-up to the end."""
 WARM_MINUTES = 2.0
-SLACK = {"handles": 15, "connections": 0, "threads": 32, "tasks": 0}
-"""How many more there may be at rest after the work, for pools fill up in time: the database's has five connections, of
-up to three files each, and that of threads 32."""
+SLACK = {"handles": 2, "connections": 0, "threads": 2, "tasks": 0}
+"""How many more there may be at rest after the work: pools of threads and database connections fill up in time."""
 _SAMPLE_S, _CALIBRATION_S, _CLIENTS, _PATIENCE_S = 1.0, 10.0, 16, 120.0
 _BODY = {"model": "turbo", "prompt": "a small red circle on a blue background"}
 _PREMIUM = {"model": "premium", "num_inference_steps": 10}
@@ -169,9 +168,21 @@ async def take(client: httpx2.AsyncClient, pid: int) -> Sample:
 
 
 def _handles(process: pathlib.Path) -> Iterator[str]:
+    """But for those of the database, whose pool opens and closes connections up to a bound of its own."""
     for handle in (process / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            yield str(handle.readlink())
+            target = str(handle.readlink())
+            if not target.removesuffix("-wal").removesuffix("-shm").endswith(".db"):
+                yield target
+
+
+async def fill_pools(client: httpx2.AsyncClient, pid: int) -> None:
+    """Work for many threads at once, until there are no more of them: a pool that fills later would look like a leak."""
+    threads = 0
+    while (now := (await take(client, pid)).threads) > threads:
+        threads = now
+        for _ in range(5):
+            await asyncio.gather(*(client.get("/v1/usage") for _ in range(100)))
 
 
 async def rest(client: httpx2.AsyncClient, pid: int) -> Sample:
@@ -266,6 +277,7 @@ async def soak(minutes: float, share: float, rate: float | None) -> Verdict:
         async with service(pathlib.Path(folder)) as (client, pid):
             most = rate or await Load(client, 0).saturate(_CALIBRATION_S)
             _say(f"{'given' if rate else 'found'}: {most:.1f} requests/s at most; sending {share * most:.1f}/s")
+            await fill_pools(client, pid)
             before = await rest(client, pid)
 
             async def watch() -> None:

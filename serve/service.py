@@ -306,14 +306,16 @@ class Service:
             return
         claim, fingerprint = (key.id, idempotency_key), schemas.fingerprint(kind, body)
         while (found := await self._claim(*claim, fingerprint)).state == "running":
-            with contextlib.suppress(TimeoutError):  # it may be another process that works on it
-                await asyncio.wait_for(self._claims.setdefault(claim, asyncio.Event()).wait(), _POLL_S)
+            settled = self._claims.get(claim, asyncio.Event())  # another process that works on it tells nobody
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(settled.wait(), _POLL_S)
         if found.state == "conflict":
             raise errors.Conflict("this Idempotency-Key was used for another request; use a new one")
         first = First(found.answer)
         if found.state == "done":
             yield first
             return
+        settled = self._claims[claim] = asyncio.Event()
         try:
             yield first
         finally:
@@ -321,7 +323,8 @@ class Service:
             if first.answer is not None:
                 settle = functools.partial(self.store.complete_idempotent, *claim, self.owner, first.answer)
             await _to_the_end(patience.patiently(settle))  # whether or not the client still listens
-            self._claims.pop(claim, asyncio.Event()).set()
+            del self._claims[claim]
+            settled.set()
 
     async def _claim(self, key_id: str, idempotency_key: str, fingerprint: str) -> records.Idempotent:
         """Ask whether to do the work. Cancelled, it gives back what the database may yet give it."""

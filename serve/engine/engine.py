@@ -95,7 +95,7 @@ class Engine:
             return len(self._schedule.lanes[tier].queue)
 
     def active(self, tier: str) -> int:
-        """Images between their first step and their last."""
+        """Images between their first step and their decoding."""
         return len(self._schedule.lanes[tier].active)
 
     @property
@@ -182,10 +182,10 @@ class Engine:
         if chosen:
             previews = self._stages.step(lane, chosen)
             done = [sample for sample in chosen if not sample.remaining]
-            with self._changed:
-                lane.active = [sample for sample in lane.active if sample.remaining]
             finals = [(sample, None, sample.trajectory.x_t) for sample in done if sample.trajectory]
             pixels = self._stages.decode(lane, [*previews, *finals])
+            with self._changed:  # not before: if the turn fails, they are among those that fail
+                lane.active = [sample for sample in lane.active if sample.remaining]
         lane.spent_s += (self._stages.now_s() - began_s) / lane.limits.weight
         self._write(lane, pixels)
 

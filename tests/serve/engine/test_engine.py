@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import sampling
 from serve.engine import encoding, errors, models
 from serve.engine.engine import Engine, preview_steps
 from serve.engine.lanes import Limits
@@ -517,3 +518,17 @@ def test_so_they_are_with_two_threads(shapes: Pair) -> None:
 
 def running_invariant(shapes: Pair, **options: Any) -> contextlib.AbstractContextManager[Engine]:
     return doubles.running(shapes, batch_invariant=True, max_queued=1000, max_wait_s=1e9, max_batch=5, **options)
+
+
+def test_a_turn_that_fails_after_the_last_step_leaves_nobody_waiting(
+    toys: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(images: torch.Tensor) -> None:
+        raise RuntimeError("no pixels today")
+
+    with doubles.running(toys) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(sampling, "to_uint8", broken)
+            with pytest.raises(errors.Failed, match="could not be made"):
+                engine.submit(doubles.request()).result(doubles.PATIENCE_S)
+        assert doubles.images(engine.submit(doubles.request()))
