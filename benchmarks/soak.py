@@ -177,7 +177,7 @@ def _handles(process: pathlib.Path) -> Iterator[str]:
 
 
 async def fill_pools(client: httpx2.AsyncClient, pid: int) -> None:
-    """Work for many threads at once, until there are no more of them: a pool that fills later would look like a leak."""
+    """Work for many threads at once, until they grow no more: a pool that fills later would look like a leak."""
     threads = 0
     while (now := (await take(client, pid)).threads) > threads:
         threads = now
