@@ -78,7 +78,7 @@ class Built:
     async def _hand_back(self, owner: str) -> None:
         """Webhooks that are under way go out again at once, from whoever is next, and not when their leases lapse."""
         try:
-            await asyncio.to_thread(self.service.store.release_jobs, owner)
+            await asyncio.to_thread(self.service.store.release_deliveries, owner)
         except StoreError as error:
             log.warning("webhooks cannot be handed back: %s", error)
 

@@ -11,8 +11,6 @@ from serve.store import ImageFolder, Store, records
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
-
 
 class Pictures:
     """public_url: of the service, for links to folders that have none of their own. Blocks; call it from threads."""
@@ -24,14 +22,14 @@ class Pictures:
         self, key_id: str, file_format: encoding.Format, ttl_s: float, job_id: str | None = None
     ) -> records.Image:
         """What will be known of an image. Its id cannot be guessed: whoever has it may fetch the image."""
-        name, media_type = secrets.token_hex(20), encoding.MEDIA_TYPES[file_format]
+        name = secrets.token_hex(20)
         now = datetime.datetime.now(datetime.UTC)
         return records.Image(
             id=f"img_{name}",
             key_id=key_id,
             job_id=job_id,
-            path=f"{name[:2]}/{name}{_SUFFIXES[media_type]}",
-            media_type=media_type,
+            path=f"{name[:2]}/{name}.{file_format}",
+            media_type=encoding.MEDIA_TYPES[file_format],
             created_at=now,
             expires_at=now + datetime.timedelta(seconds=ttl_s),
         )

@@ -173,11 +173,11 @@ class Service:
 
     async def charge_unmade(self, key: records.Key, plan: Plan, ticket: Ticket) -> None:
         """What a request had taken when it was taken back: compute without images."""
-        device_s = sum(share.device_s for share in ticket.shares)
-        if device_s > 0:
+        if (device_s := ticket.taken.device_s) > 0:
             cost = self.price.nanousd(device_s)
-            usage = self.usage(key, plan, Bill(device_s, cost, cost))
-            await self.ledger.record(dataclasses.replace(usage, images=0))
+            bill = Bill(device_s, cost, cost)
+            await self.ledger.record(dataclasses.replace(self.usage(key, plan, bill), images=0))
+            self.count_cost(plan, bill)
 
     def _submit(self, plan: Plan, on_preview: OnPreview | None) -> tuple[Plan, Ticket]:
         try:

@@ -126,7 +126,7 @@ class Metrics:
         self.request_seconds = self._seconds("request_seconds", "HTTP requests", "route", "method", "status")
         self.images = self._counter("images", "Images made", "tier")
         self.errors = self._counter("errors", "Error answers by code", "code")
-        self.cost_usd = self._counter("cost_usd", "Cost of images made, in US dollars", "tier")
+        self.cost_usd = self._counter("cost_usd", "Cost of requests, in US dollars", "tier")
         self.jobs = self._counter("jobs", "Jobs that ended, by status", "status")
         self.webhook_deliveries = self._counter("webhook_deliveries", "Attempts to deliver webhooks", "outcome")
         self.out_of_memory = self._counter("out_of_memory", "Batches that exceeded the device's memory", "tier")

@@ -65,11 +65,11 @@ class WebhookRefused(errors.DiffusionKDError, ValueError):
 
 
 class _AttemptFailed(Exception):
-    """One attempt came to nothing. answered: whether the receiver answered at all. final: no use trying again."""
+    """One attempt came to nothing. final: no use trying again."""
 
-    def __init__(self, reason: str, *, answered: bool, final: bool = False) -> None:
+    def __init__(self, reason: str, *, final: bool = False) -> None:
         super().__init__(reason)
-        self.answered, self.final = answered, final
+        self.final = final
 
 
 class Delivery(Protocol):
@@ -423,7 +423,7 @@ class Deliverer:
         """Send it once. Raises _AttemptFailed or WebhookRefused unless the receiver answered 2xx."""
         clock = asyncio.get_running_loop().time
         if clock() < receiver.silent_until_s:
-            raise _AttemptFailed(f"{target.receiver} did not answer a moment ago", answered=False)
+            raise _AttemptFailed(f"{target.receiver} did not answer a moment ago")
         try:
             status = await self._post(delivery, target)
         except _AttemptFailed:
@@ -431,7 +431,7 @@ class Deliverer:
             raise
         if not 200 <= status < 300:
             advice = "; redirects are not followed" if 300 <= status < 400 else ""
-            raise _AttemptFailed(f"{target.receiver} answered {status}{advice}", answered=True, final=status == 410)
+            raise _AttemptFailed(f"{target.receiver} answered {status}{advice}", final=status == 410)
 
     async def _post(self, delivery: Delivery, target: _Target) -> int:
         """The status of the answer. Raises _AttemptFailed where none came."""
@@ -458,7 +458,7 @@ class Deliverer:
             reason = f"{target.receiver} did not answer within {self._timeout_s:g} s"
         except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             reason = f"{target.receiver} gave no answer: {errors.first_line(error)}"
-        raise _AttemptFailed(reason, answered=False)
+        raise _AttemptFailed(reason)
 
     async def _exchange(self, request: httpcore.Request) -> int:
         async with httpcore.AsyncHTTPConnection(

@@ -67,8 +67,7 @@ class Engine:
         """Queue a request. Raises Busy, or Draining, at once where it is not admitted; then nothing of it is kept."""
         ticket = Ticket(request, on_preview, self._tidy)
         passes = self.models[request.tier].passes(request.steps)
-        samples = [Sample(ticket, index, ticket.submitted_s, passes) for index in range(len(request.seeds))]
-        ticket.shares = [sample.compute for sample in samples]
+        samples = [Sample(ticket, index, passes) for index in range(len(request.seeds))]
         with self._changed:
             if self._draining:
                 raise errors.Draining("the service is closing; send the request again, to another one", 1.0)
@@ -192,7 +191,7 @@ class Engine:
     def _begin(self, lane: Lane, joined: Sequence[Sample]) -> None:
         now_s = time.monotonic()
         for sample in joined:
-            sample.compute.queue_s = now_s - sample.submitted_s
+            sample.compute.queue_s = now_s - sample.ticket.submitted_s
             self._observer.waited(lane.tier, sample.compute.queue_s)
         self._stages.read_prompts(lane, joined)
         for sample in joined:
@@ -223,7 +222,7 @@ class Engine:
                 sample.ticket.preview(sample.index, preview, file)
             else:
                 self._stages.failures = 0
-                sample.ticket.deliver(sample.index, file, sample.compute)
+                sample.ticket.deliver(sample.index, file)
         except Exception:
             log.exception("an image file could not be written")
             sample.ticket.fail(errors.Failed("the image could not be written"))

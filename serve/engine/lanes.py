@@ -42,10 +42,8 @@ class Sample:
 
     ticket: Ticket
     index: int
-    submitted_s: float
     passes: int
     previews: dict[int, int] = dataclasses.field(default_factory=dict)
-    compute: Compute = dataclasses.field(default_factory=Compute)
     trajectory: Trajectory | None = None
     cond: Conditioning | None = None
     away: Conditioning | None = None
@@ -54,6 +52,11 @@ class Sample:
     @property
     def request(self) -> ImageRequest:
         return self.ticket.request
+
+    @property
+    def compute(self) -> Compute:
+        """What it has taken so far."""
+        return self.ticket.shares[self.index]
 
     @property
     def remaining(self) -> int:

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from serve.engine import errors
@@ -84,9 +84,8 @@ class Ticket:
     def __init__(self, request: ImageRequest, on_preview: OnPreview | None, on_cancel: Callable[[], None]) -> None:
         self.request, self.on_preview = request, on_preview
         self.future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        self.compute = Compute()
         self.submitted_s = time.monotonic()
-        self.shares: Sequence[Compute] = ()
+        self.shares = tuple(Compute() for _ in request.seeds)
         """What each image has taken so far."""
         self._on_cancel = on_cancel
         self._files: dict[int, bytes] = {}
@@ -113,14 +112,21 @@ class Ticket:
             if not self.future.done():
                 self.future.set_exception(error)
 
-    def deliver(self, index: int, file: bytes, compute: Compute) -> None:
+    @property
+    def taken(self) -> Compute:
+        """What the request has taken so far."""
+        total = Compute()
+        for share in self.shares:
+            total.add(share)
+        return total
+
+    def deliver(self, index: int, file: bytes) -> None:
         """One image is ready; the last one completes the request."""
         with self._lock:
             self._files[index] = file
-            self.compute.add(compute)
             if len(self._files) == len(self.request.seeds) and not self.future.done():
                 files = tuple(self._files[index] for index in range(len(self._files)))
-                self.future.set_result(Result(files, self.compute))
+                self.future.set_result(Result(files, self.taken))
 
     def preview(self, index: int, number: int, file: bytes) -> None:
         with self._lock:

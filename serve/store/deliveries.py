@@ -46,6 +46,15 @@ class Deliveries(database.Database):
         """This attempt failed; another is due at `next_at`."""
         self._set_delivery(delivery_id, next_at=next_at, last_error=error)
 
+    def release_deliveries(self, owner: str) -> None:
+        """Hand back what `owner` has claimed and not sent: it is due at once."""
+        with self._writing() as session:
+            session.execute(
+                sqlalchemy.update(DeliveryRow)
+                .where(DeliveryRow.owner == owner, DeliveryRow.status == "pending")
+                .values(owner=None, lease_until=None)
+            )
+
     def _end_delivery(self, delivery_id: str, **values: Any) -> None:
         self._set_delivery(delivery_id, finished_at=self._now(), **values)
 
@@ -74,15 +83,6 @@ def add(
             attempts=0,
             next_at=now,
         )
-    )
-
-
-def release(session: orm.Session, owner: str) -> None:
-    """Hand back what an owner has claimed."""
-    session.execute(
-        sqlalchemy.update(DeliveryRow)
-        .where(DeliveryRow.owner == owner, DeliveryRow.status == "pending")
-        .values(owner=None, lease_until=None)
     )
 
 

@@ -21,7 +21,7 @@ class ImageFolder:
     """A flat place for pictures, safe to use from many threads.
 
     url: a folder's path, file:///absolute/folder, or s3://bucket/prefix.
-    options: of S3 alone, all optional; None counts as absent: endpoint_url, key, secret, region, and
+    options: of S3 alone, all optional; None counts as absent: endpoint_url, key, secret, and
         public_endpoint_url, the address by which browsers reach the bucket, for signed links.
     Raises ConfigError for another kind of URL or an unknown option. `check` tells whether the place works.
 
@@ -145,7 +145,7 @@ class _Bucket:
     """s3fs runs its requests on a thread of its own, so that any thread may wait for one."""
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
-        known = {"endpoint_url", "public_endpoint_url", "key", "secret", "region"}
+        known = {"endpoint_url", "public_endpoint_url", "key", "secret"}
         unknown = sorted(options.keys() - known)
         errors.require(not unknown, "an option of the image bucket", ", ".join(unknown), f"one of {sorted(known)}")
         self._root = url.removeprefix("s3://").strip("/")
@@ -155,7 +155,7 @@ class _Bucket:
         self._public_files = self._files if public is None else _s3(options | {"endpoint_url": public})
 
     def put(self, name: str, data: bytes) -> None:
-        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        media_type = mimetypes.guess_type(name, strict=False)[0] or "application/octet-stream"
         with _as_os_errors():
             self._files.pipe_file(self._path(name), data, ContentType=media_type)
 
@@ -187,7 +187,6 @@ def _s3(options: dict[str, Any]) -> Any:
         key=options.get("key"),
         secret=options.get("secret"),
         endpoint_url=options.get("endpoint_url"),
-        client_kwargs={"region_name": options["region"]} if "region" in options else {},
         config_kwargs={
             "signature_version": "s3v4",
             "connect_timeout": _CONNECT_S,

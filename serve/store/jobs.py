@@ -147,12 +147,11 @@ class Jobs(database.Database):
             return True
 
     def release_jobs(self, owner: str) -> int:
-        """Hand everything that `owner` has back at once: its jobs are queued again, in their old place. How many.
+        """Hand the jobs of `owner` back at once: they are queued again, in their old place. How many.
 
         The attempt does not count. A job that was to be cancelled is.
         """
         with self._writing() as session:
-            deliveries.release(session, owner)
             rows = session.scalars(_running(owner).order_by(JobRow.id).with_for_update()).all()
             for row in rows:
                 row.attempts -= 1

@@ -238,11 +238,11 @@ class Walk:
         self.remaining = passes
 
 
-def waiting(lane: Lane, count: int = 1, *, now_s: float = 0.0, **changes: Any) -> list[Sample]:
+def waiting(lane: Lane, count: int = 1, **changes: Any) -> list[Sample]:
     """Samples of one request, not queued yet."""
     changes = {"seeds": tuple(range(count)), **changes}
     ticket = Ticket(request(lane.tier, **changes), None, lambda: None)
-    return [Sample(ticket, index, now_s, ticket.request.steps) for index in range(count)]
+    return [Sample(ticket, index, ticket.request.steps) for index in range(count)]
 
 
 def fake_turn(lane: Lane, row_s: float) -> tuple[float, list[Sample]]:

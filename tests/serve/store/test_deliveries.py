@@ -89,7 +89,7 @@ def test_those_that_wait_longest_come_first(store: store_module.Store, job_ids: 
 def test_a_released_one_is_due_at_once(store: store_module.Store, job_ids: list[str]) -> None:
     _claim(store, "a", 1)
     _claim(store, "b", 1)
-    store.release_jobs("a")
+    store.release_deliveries("a")
     assert len(_claim(store, "c")) == 2
 
 
