@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from serve import errors, patience, schemas, webhooks
+from serve import errors, patience, receivers, schemas, webhooks
 from serve.catalogue import Plan
 from serve.engine.requests import Result
 from serve.service import Service
@@ -96,8 +96,8 @@ class Jobs:
                 param="webhook_url",
             )
         try:
-            webhooks.check_url(url, allow_private=settings.webhook_allow_private)
-        except webhooks.WebhookRefused as error:
+            receivers.check_url(url, allow_private=settings.webhook_allow_private)
+        except receivers.WebhookRefused as error:
             raise errors.InvalidField(str(error), param="webhook_url") from None
 
     def _queue_s(self, plan: Plan) -> float:

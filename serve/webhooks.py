@@ -3,10 +3,7 @@
 Signatures are those of Standard Webhooks 1.0 (https://www.standardwebhooks.com), which has libraries to verify
 them with. Delivery is at least once: `webhook-id` is the delivery's and stays the same over all attempts.
 
-Against requests forged through us (SSRF): a URL is checked when a job is accepted, and at every attempt the name is
-resolved once, every address of it is checked, and the connection goes to an address that was checked. No redirect is
-followed and no proxy of the environment is used.
-
+No redirect is followed and no proxy of the environment is used; where a webhook may go at all, `receivers` decides.
 Knows no database and no engine: the outbox is a protocol of four short calls that block, made in threads.
 """
 
@@ -21,23 +18,21 @@ import datetime
 import functools
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import random
-import re
 import secrets
 import socket
 import ssl
 import time
-import urllib.parse
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import httpcore
 
 from diffusion_kd import errors
+from serve import receivers
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +44,8 @@ _MOST_HELD, _CLAIM = 1000, 100
 """Deliveries claimed and not yet settled by one process; those claimed in one call."""
 
 _MOST_ANSWER_BYTES = 16 * 1024
-_MOST_URL_CHARACTERS = 2048
 _SECRET_PREFIX = "whsec_"
 _FEWEST_SECRET_BYTES, _MOST_SECRET_BYTES = 24, 64
-_NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""(host, port) -> its addresses as text, the preferred one first. Raises OSError."""
-
-
-class WebhookRefused(errors.DiffusionKDError, ValueError):
-    """A webhook URL to which the service will send nothing."""
 
 
 class _AttemptFailed(Exception):
@@ -141,139 +125,6 @@ def _key(secret: str) -> bytes:
     return key
 
 
-# --- where a webhook may go -------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Target:
-    """A checked URL. host: lower case, an IPv6 address without brackets. path: with the query."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    @property
-    def receiver(self) -> str:
-        """Host and port as a Host header has them; safe to log, unlike the path, which may hold a token."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def check_url(url: str, *, allow_private: bool) -> None:
-    """Refuse a webhook URL that cannot be right, before any name is resolved.
-
-    allow_private: whether loopback, link-local and private addresses are allowed; for tests and closed networks.
-    Raises WebhookRefused for another scheme than http(s), a user or password, a missing or malformed host or port,
-    `localhost`, and every spelling of an address that is not public (decimal, octal, hex, IPv4 within IPv6).
-    """
-    _target(url, allow_private=allow_private)
-
-
-def _target(url: str, *, allow_private: bool) -> _Target:
-    if len(url) > _MOST_URL_CHARACTERS:
-        raise WebhookRefused(f"the webhook URL has {len(url)} characters; at most {_MOST_URL_CHARACTERS} will do")
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        raise WebhookRefused(
-            f"the webhook URL {url!r} holds a space, a backslash or a character outside ASCII; percent-encode it, "
-            "and give a name outside ASCII as xn--"
-        )
-    try:
-        parts = urllib.parse.urlsplit(url)
-        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
-    except ValueError as error:
-        raise WebhookRefused(f"the webhook URL {url!r} is malformed: {error}") from None
-    if scheme not in _DEFAULT_PORTS:
-        raise WebhookRefused(f"the webhook URL has the scheme {scheme!r}; it must begin with https:// or http://")
-    if "@" in parts.netloc:
-        raise WebhookRefused("the webhook URL holds a user or password; leave them out, and verify our signature")
-    if port == 0:
-        raise WebhookRefused("the webhook URL has port 0; it must be 1 to 65535")
-    host = host.removesuffix(".")
-    _check_host(host, allow_private=allow_private)
-    query = f"?{parts.query}" if parts.query else ""
-    return _Target(scheme, host, port or _DEFAULT_PORTS[scheme], (parts.path or "/") + query)
-
-
-def _check_host(host: str, *, allow_private: bool) -> None:
-    literal = _literal(host)
-    if literal is None and (len(host) > 253 or not _NAME.fullmatch(host)):
-        raise WebhookRefused(f"the webhook URL's host is {host!r}; it must be the name of a public host")
-    if allow_private:
-        return
-    if literal is not None and not _is_public(literal):
-        raise WebhookRefused(f"the webhook URL's host {host!r} is the address {literal}, which is not public")
-    if host == "localhost" or host.endswith(".localhost"):
-        raise WebhookRefused(f"the webhook URL's host {host!r} is this machine; it must be a public host")
-
-
-def _literal(host: str) -> Address | None:
-    """The address that a host spells in any way a resolver would take, such as `2130706433` or `0x7f.1`; else None."""
-    if ":" in host:
-        with contextlib.suppress(ValueError):
-            return None if "%" in host else ipaddress.IPv6Address(host)
-        return None
-    with contextlib.suppress(OSError):
-        return ipaddress.IPv4Address(socket.inet_aton(host))
-    return None
-
-
-def _is_public(address: Address) -> bool:
-    """Whether an address belongs to the public internet; an IPv4 address within an IPv6 one counts as itself."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return _is_public(address.ipv4_mapped)
-        if address in _NAT64:
-            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-        inner = (address.sixtofour, *(address.teredo or ()))
-        if address.is_site_local or not all(_is_public(one) for one in inner if one is not None):
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved or address.is_unspecified)
-
-
-class _CheckedConnections(httpcore.AsyncNetworkBackend):
-    """Connects to names by addresses that were checked, so that a second resolution cannot give another one.
-
-    TLS goes on to ask for, and check the certificate of, the name: httpcore does that above this layer.
-    """
-
-    def __init__(self, resolve: Resolve, *, allow_private: bool) -> None:
-        self._resolve, self._allow_private = resolve, allow_private
-        self._tcp = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        addresses = await self._addresses(host, port)
-        each_s = None if timeout is None else timeout / len(addresses)
-        for address in addresses[:-1]:
-            with contextlib.suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await self._tcp.connect_tcp(address, port, each_s, local_address, socket_options)
-        return await self._tcp.connect_tcp(addresses[-1], port, each_s, local_address, socket_options)
-
-    async def _addresses(self, host: str, port: int) -> Sequence[str]:
-        literal = _literal(host)
-        try:
-            addresses = await self._resolve(host, port) if literal is None else [str(literal)]
-        except OSError as error:
-            raise httpcore.ConnectError(f"its name cannot be resolved ({errors.first_line(error)})") from error
-        if not addresses:
-            raise httpcore.ConnectError("its name has no address")
-        if not self._allow_private:
-            for address in addresses:
-                if not _is_public(ipaddress.ip_address(address)):
-                    raise WebhookRefused(f"the webhook's host {host} has the address {address}, which is not public")
-        return addresses
-
-
 # --- delivery ---------------------------------------------------------------------------------------
 
 
@@ -302,8 +153,8 @@ class _Receiver:
 class Deliverer:
     """Sends what is due in an outbox, each delivery as its own task.
 
-    secret: `whsec_<base64>`. allow_private: see `check_url`. timeout_s: of one attempt, from the resolution of the name
-    to the end of the answer, however slowly it trickles. most_attempts: after them a delivery has failed.
+    secret: `whsec_<base64>`. allow_private: see `receivers.check_url`. timeout_s: of one attempt, from the resolution
+    of the name to the end of the answer, however slowly it trickles. most_attempts: after them a delivery has failed.
     concurrency: attempts under way at once, of which one receiver gets `PER_RECEIVER`. lease_s: beside the time of four
     attempts, after which another process may send what this one has claimed and not sent. poll_s: between two looks at
     the outbox when nobody wakes it. count: told the outcome of each attempt, `delivered`, `retried` or `failed`.
@@ -327,7 +178,7 @@ class Deliverer:
         lease_s: float = 60.0,
         poll_s: float = 2.0,
         count: Callable[[str], object] | None = None,
-        resolve: Resolve | None = None,
+        resolve: receivers.Resolve | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         errors.require(timeout_s > 0, "timeout_s", timeout_s, "above 0")
@@ -342,7 +193,7 @@ class Deliverer:
         self._ssl_context = ssl_context or httpcore.default_ssl_context()
         # Lookups have threads of their own: a name server that does not answer must not fill those of everybody else.
         self._lookups = concurrent.futures.ThreadPoolExecutor(2 * concurrency, thread_name_prefix="webhook-lookup")
-        self._connections = _CheckedConnections(resolve or self._look_up, allow_private=allow_private)
+        self._connections = receivers.CheckedConnections(resolve or self._look_up, allow_private=allow_private)
         self._slots = asyncio.Semaphore(concurrency)
         self._woken = asyncio.Event()
         self._receivers: collections.defaultdict[str, _Receiver] = collections.defaultdict(_Receiver)
@@ -393,13 +244,13 @@ class Deliverer:
     async def _settle(self, delivery: Delivery, leased_until_s: float) -> None:
         """One attempt and what follows from it; raises nothing but cancellation."""
         try:
-            target = _target(delivery.url, allow_private=self._allow_private)
+            target = receivers.target(delivery.url, allow_private=self._allow_private)
             async with self._turn(target.receiver) as receiver:
                 # One that waited so long is somebody's again, perhaps ours.
                 if asyncio.get_running_loop().time() + self._timeout_s < leased_until_s:
                     await self._attempt(delivery, target, receiver)
                     await self._delivered(delivery)
-        except WebhookRefused as refusal:
+        except receivers.WebhookRefused as refusal:
             await self._failed(delivery, str(refusal), final=True)
         except _AttemptFailed as failure:
             await self._failed(delivery, str(failure), final=failure.final)
@@ -419,8 +270,8 @@ class Deliverer:
             if not receiver.held:
                 self._receivers.pop(name, None)
 
-    async def _attempt(self, delivery: Delivery, target: _Target, receiver: _Receiver) -> None:
-        """Send it once. Raises _AttemptFailed or WebhookRefused unless the receiver answered 2xx."""
+    async def _attempt(self, delivery: Delivery, target: receivers.Target, receiver: _Receiver) -> None:
+        """Send it once. Raises _AttemptFailed or receivers.WebhookRefused unless the receiver answered 2xx."""
         clock = asyncio.get_running_loop().time
         if clock() < receiver.silent_until_s:
             raise _AttemptFailed(f"{target.receiver} did not answer a moment ago")
@@ -433,7 +284,7 @@ class Deliverer:
             advice = "; redirects are not followed" if 300 <= status < 400 else ""
             raise _AttemptFailed(f"{target.receiver} answered {status}{advice}", final=status == 410)
 
-    async def _post(self, delivery: Delivery, target: _Target) -> int:
+    async def _post(self, delivery: Delivery, target: receivers.Target) -> int:
         """The status of the answer. Raises _AttemptFailed where none came."""
         body = body_of(delivery)
         headers = sign(self._secret, delivery.id, int(time.time()), body) | {
