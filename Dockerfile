@@ -18,7 +18,7 @@ COPY diffusion_kd/__init__.py diffusion_kd/
 # The lock says which versions, the extras which packages: nothing for training, judging or developing.
 RUN python3.11 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --no-input --disable-pip-version-check \
-        --extra-index-url "${TORCH_INDEX}" --constraint requirements.lock --editable ".[serve,cluster,otel]"
+        --extra-index-url "${TORCH_INDEX}" --constraint requirements.lock --editable ".[serve,cluster,otel,app]"
 
 # --- the image: that environment and the code ----------------------------------------------------------
 
@@ -34,6 +34,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY diffusion_kd diffusion_kd
 COPY eval eval
 COPY serve serve
+COPY app.py ./
 RUN /opt/venv/bin/python -m compileall -q diffusion_kd eval serve
 
 # Reachable from outside the container, so only with keys; DIFFUSION_KD_ADMIN_KEY must be given at the start.

@@ -1,7 +1,7 @@
 """Judge a student against its teacher: `python -m eval.run --teacher DIR --student DIR --out DIR`.
 
 Generates with the same prompts and seeds for both, measures, and holds the student against the quality floor. Writes
-`report.json` and `report.html`. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 for an error.
+`report.json`, `report.html` and `cases.json`. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 for an error.
 
 Under `accelerate launch` (or `torchrun`) the processes share the generating; the launcher has its own exit codes.
 """
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from diffusion_kd import errors, files
-from eval import examine, gate, page, processes, protocols, report, stats, suites
+from eval import cases, examine, gate, page, processes, protocols, report, stats, suites
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +137,9 @@ def run(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         given = sys.argv[1:] if arguments is None else list(arguments)
         written = report.build(examination, shlex.join(["python", "-m", "eval.run", *given]))
         report.write(out, {report.REPORT_NAME: report.to_json(written)})
-        report.write(out, {report.PAGE_NAME: page.render(written, examination)})
+        chosen = cases.choose(examination, written)
+        shown = page.render(written, examination, chosen)
+        report.write(out, {report.PAGE_NAME: shown, cases.FILE_NAME: cases.to_json(chosen)})
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import ipaddress
 import logging
 from collections.abc import AsyncIterator
@@ -9,13 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import diffusion_kd
+from diffusion_kd.errors import ConfigError
 from serve import build, connections, deps, errors, telemetry
 from serve.routes import health, images, jobs, keys, models, usage
 from serve.settings import Settings
@@ -34,6 +36,27 @@ def create_app(settings: Settings, built: build.Built | None = None) -> FastAPI:
 
     Raises ConfigError for settings that do not fit together.
     """
+    app = _frame(settings, built)
+    for module in (images, models, jobs, usage, keys, health):
+        app.include_router(module.router)
+    app.openapi = lambda: _reference(app)  # type: ignore[method-assign]
+    if _has_playground(settings):
+        _add_playground(app, settings, "/playground")
+        app.add_route("/playground", lambda _: RedirectResponse("playground/"), include_in_schema=False)
+    return app
+
+
+def create_playground(settings: Settings, built: build.Built | None = None) -> FastAPI:
+    """As `create_app`, but the page alone, at the root, and whether it answers. Raises ConfigError without gradio."""
+    app = _frame(settings, built, reference=False)
+    app.include_router(health.router)
+    _has_playground(settings.model_copy(update={"playground": "on"}))
+    _add_playground(app, settings, "/")
+    return app
+
+
+def _frame(settings: Settings, built: build.Built | None, *, reference: bool = True) -> FastAPI:
+    """What every app of ours has: the service behind it, its errors, its limits, its log. reference: and /docs."""
     build.check(settings)
     app = FastAPI(
         title="diffusion-kd",
@@ -41,11 +64,10 @@ def create_app(settings: Settings, built: build.Built | None = None) -> FastAPI:
         description=_ABOUT,
         lifespan=lambda app: _lifespan(app, settings, built),
         redoc_url=None,
+        openapi_url="/openapi.json" if reference else None,
         redirect_slashes=False,
     )
     metrics = app.state.metrics = telemetry.Metrics() if built is None else built.service.metrics
-    for module in (images, models, jobs, usage, keys, health):
-        app.include_router(module.router)
     _handle_errors(app, metrics)
     app.add_middleware(
         connections.BodyLimit, most_bytes=int(settings.max_body_mb * 1e6), timeout_s=settings.body_timeout_s
@@ -53,8 +75,23 @@ def create_app(settings: Settings, built: build.Built | None = None) -> FastAPI:
     if settings.auth == "none":
         app.add_middleware(_LoopbackOnly)
     app.add_middleware(telemetry.RequestLog, metrics=metrics)
-    app.openapi = lambda: _reference(app)  # type: ignore[method-assign]
     return app
+
+
+def _has_playground(settings: Settings) -> bool:
+    """Raises ConfigError where it is wanted and its packages are missing."""
+    installed = importlib.util.find_spec("gradio") is not None
+    if settings.playground == "on" and not installed:
+        raise ConfigError("playground is 'on' and gradio is not installed; pip install 'diffusion-kd[app]'")
+    return installed and settings.playground != "off"
+
+
+def _add_playground(app: FastAPI, settings: Settings, path: str) -> None:
+    # Here, because gradio takes seconds to import and a service without a playground need not have it.
+    from serve.playground import page
+    from serve.playground.stage import Stage
+
+    page.mount(app, Stage(lambda: app.state.service, settings.runs_folder), path, keys=settings.auth == "keys")
 
 
 @contextlib.asynccontextmanager

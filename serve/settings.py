@@ -109,6 +109,9 @@ class Settings(pydantic_settings.BaseSettings):
     webhook_timeout_s: Positive = 10.0
     webhook_attempts: Count = 8
 
+    playground: Literal["auto", "on", "off"] = "auto"
+    runs_folder: pathlib.Path = pathlib.Path("runs")
+
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp_endpoint: str | None = None

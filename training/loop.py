@@ -30,6 +30,9 @@ CHECKPOINT = "checkpoint.pt"
 _MOST_SKIPPED = 100
 """So many skipped steps in a row end a training."""
 
+_FLUSH_S = 10
+"""Reports are on disk after so long, for those who watch."""
+
 
 @dataclasses.dataclass
 class LoopConfig:
@@ -339,7 +342,7 @@ class _Progress:
 
     def __init__(self, name: str, first_step: int, steps: int, batch_size: int, folder: pathlib.Path | None) -> None:
         self._name, self._steps, self._batch_size = name, steps, batch_size
-        self.writer = tensorboard.SummaryWriter(str(folder)) if folder else None
+        self.writer = tensorboard.SummaryWriter(str(folder), flush_secs=_FLUSH_S) if folder else None
         self._sums: dict[str, list[float]] = collections.defaultdict(list)
         self._step, self._since = first_step, time.monotonic()
 

@@ -17,7 +17,7 @@ import scipy.ndimage
 from numpy.typing import NDArray
 
 from diffusion_kd import errors
-from diffusion_kd.shapes import scenes
+from diffusion_kd.shapes import language, scenes
 
 ATTRIBUTES = ("count", "shape", "colour", "size", "relation", "place", "background")
 """The facts that a verdict can hold."""
@@ -106,6 +106,16 @@ class Verdict:
     @property
     def correct(self) -> bool:
         return all(self.facts.values())
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """What a person should be told is wrong: with a wrong count nothing else about the objects."""
+        missed = [name for name in ATTRIBUTES if not self.facts.get(name, True)]
+        return tuple(name for name in missed if "count" not in missed or name in ("count", "background"))
+
+    def say(self) -> str:
+        """In short: `as asked`, or `shape wrong, relation wrong`."""
+        return ", ".join(f"{name} wrong" for name in self.wrong) or "as asked"
 
 
 # --- the background ---------------------------------------------------------------------------------
@@ -372,13 +382,18 @@ def judge(reading: Reading, prompt: scenes.Prompt) -> Verdict:
     only if it is for each of them. With a wrong count every fact about objects is wrong. Abstaining is wrong.
     """
     counted = len(reading.objects) == len(prompt.objects)
-    objects = reading.objects if counted else (_UNSEEN,) * len(prompt.objects)
-    orders = (dataclasses.replace(reading, objects=order) for order in itertools.permutations(objects))
-    best = max((_compare(order, prompt) for order in orders), key=lambda facts: sum(map(sum, facts.values())))
-    facts = {"count": counted, **{name: all(right) for name, right in best.items()}}
+    unseen = dataclasses.replace(reading, objects=(_UNSEEN,) * len(prompt.objects))
+    compared = _compare(_in_order(reading, prompt) if counted else unseen, prompt)
+    facts = {"count": counted, **{name: all(right) for name, right in compared.items()}}
     if prompt.background is not None:
         facts["background"] = reading.background == prompt.background
     return Verdict(facts)
+
+
+def _in_order(reading: Reading, prompt: scenes.Prompt) -> Reading:
+    """The same objects, as many as are wanted, in the order in which most facts are right."""
+    orders = (dataclasses.replace(reading, objects=order) for order in itertools.permutations(reading.objects))
+    return max(orders, key=lambda order: sum(map(sum, _compare(order, prompt).values())))
 
 
 def _compare(reading: Reading, prompt: scenes.Prompt) -> dict[str, list[bool]]:
@@ -395,3 +410,22 @@ def _compare(reading: Reading, prompt: scenes.Prompt) -> dict[str, list[bool]]:
         "place": [place(reading) == prompt.place] if prompt.place is not None else [],
     }
     return {name: right for name, right in facts.items() if right}
+
+
+# --- saying ---------------------------------------------------------------------------------------
+
+
+def say(reading: Reading, asked: scenes.Prompt | None = None) -> str:
+    """What is seen, worded as `language.say` words what is asked: `large red ? left of small blue star`.
+
+    `?` is a fact on which the oracle abstains; a relation or a place that is not clear is left out. asked: says the
+    objects in that prompt's order, and of place and background only what it asks for; None says all that is seen.
+    """
+    if not reading.readable:
+        return "not readable"
+    if asked is not None and len(asked.objects) == len(reading.objects):
+        reading = _in_order(reading, asked)
+    things = [" ".join(word or "?" for word in (thing.size, thing.colour, thing.shape)) for thing in reading.objects]
+    spot = place(reading) if asked is None or asked.place else None
+    background = (reading.background or "?") if asked is None or asked.background else None
+    return language.sentence(things or ["nothing"], relation(reading), spot, background)

@@ -374,21 +374,23 @@ CELL_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(RADIUS_PX) + 1)
 
 # --- saying what is there ---------------------------------------------------------------------------
 
-_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-_PLACE_WORDS = {
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+PLACE_WORDS = {
     "center": ("in the center", "in the middle"),
     "left": ("on the left", "on the left side"),
     "right": ("on the right", "on the right side"),
     "top": ("at the top", "near the top"),
     "bottom": ("at the bottom", "near the bottom"),
 }
-_RELATION_WORDS = {
+RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
-_OPENINGS = ("", "", "a picture of ", "there is ")
+OPENINGS = ("", "", "a picture of ", "there is ")
+GROUND_WORDS = ("on", "against")
+"""The words that captions use. In each tuple the first is the plainest; what stands twice is said twice as often."""
 
 
 def _choice(options: Sequence[str], rng: np.random.Generator) -> str:
@@ -396,9 +398,14 @@ def _choice(options: Sequence[str], rng: np.random.Generator) -> str:
 
 
 def _noun(thing: Wanted, rng: np.random.Generator) -> str:
-    size = [_choice(_SIZE_WORDS[thing.size], rng)] if thing.size else []
+    size = [_choice(SIZE_WORDS[thing.size], rng)] if thing.size else []
     words = [*size, *filter(None, (thing.colour, thing.shape))]
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def ground_noun(background: str) -> str:
+    """A background as captions call it: `white background`, `dusk gradient`."""
+    return background if "gradient" in background else f"{background} background"
 
 
 def phrase(
@@ -412,13 +419,13 @@ def phrase(
     """One of several natural phrasings of what is asked for; the draws of `rng` choose which."""
     text = _noun(objects[0], rng)
     if relation is not None:
-        text += f" {_choice(_RELATION_WORDS[relation], rng)} {_noun(objects[1], rng)}"
+        text += f" {_choice(RELATION_WORDS[relation], rng)} {_noun(objects[1], rng)}"
     if place is not None:
-        text += f" {_choice(_PLACE_WORDS[place], rng)}"
-    opening = _choice(_OPENINGS, rng)
+        text += f" {_choice(PLACE_WORDS[place], rng)}"
+    opening = _choice(OPENINGS, rng)
     if background is None:
         return opening + text
-    ground = f"{_choice(('on', 'against'), rng)} a {background}" + ("" if "gradient" in background else " background")
+    ground = f"{_choice(GROUND_WORDS, rng)} a {ground_noun(background)}"
     return f"{ground}, {text}" if rng.random() < 0.25 else f"{opening}{text} {ground}"
 
 

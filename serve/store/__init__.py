@@ -4,6 +4,7 @@ from serve.store.errors import StoreError, StoreUnavailable, TooManyJobs, Unknow
 from serve.store.images import ImageFolder
 from serve.store.records import (
     Cancelled,
+    Choice,
     Delivery,
     FinalStatus,
     Idempotent,
@@ -11,14 +12,18 @@ from serve.store.records import (
     Job,
     JobStatus,
     Key,
+    Side,
     Swept,
     Usage,
     UsageDay,
+    Vote,
+    Winner,
 )
 from serve.store.store import Store
 
 __all__ = [
     "Cancelled",
+    "Choice",
     "Delivery",
     "FinalStatus",
     "Idempotent",
@@ -27,6 +32,7 @@ __all__ = [
     "Job",
     "JobStatus",
     "Key",
+    "Side",
     "Store",
     "StoreError",
     "StoreUnavailable",
@@ -35,4 +41,6 @@ __all__ = [
     "UnknownCursor",
     "Usage",
     "UsageDay",
+    "Vote",
+    "Winner",
 ]

@@ -67,7 +67,7 @@ class Keys(database.Database):
             return [_key(row) for row in session.scalars(query)]
 
     def revoke_key(self, key_id: str) -> bool:
-        """Whether there was such a key that was not revoked. Its usage and jobs stay."""
+        """Whether there was such a key that was not revoked. Its usage, jobs and votes stay."""
         with self._writing() as session:
             revoked = session.scalars(
                 sqlalchemy.update(KeyRow)

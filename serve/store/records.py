@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 FinalStatus = Literal["succeeded", "failed", "cancelled"]
+Side = Literal["left", "right"]
+Choice = Literal["left", "right", "neither"]
+Winner = Literal["turbo", "premium", "neither"]
 Cancelled = Literal["cancelled", "cancellation_requested", "already_finished"]
 
 
@@ -111,6 +114,35 @@ class Image:
     media_type: str
     created_at: datetime.datetime
     expires_at: datetime.datetime
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vote:
+    """Which of two pictures of one prompt and seed somebody liked better, not knowing which was whose.
+
+    id: of the pair that was shown, made by the service. voter: who, as far as a browser tells; of 1 to 64 characters.
+    turbo_side: where turbo's picture was. guidance_scale: of premium; turbo has none.
+    """
+
+    id: str
+    key_id: str
+    voter: str
+    at: datetime.datetime
+    prompt: str
+    seed: int
+    turbo_version: str
+    premium_version: str
+    turbo_steps: int
+    premium_steps: int
+    guidance_scale: float
+    turbo_side: Side
+    choice: Choice
+
+    @property
+    def winner(self) -> Winner:
+        if self.choice == "neither":
+            return "neither"
+        return "turbo" if self.choice == self.turbo_side else "premium"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

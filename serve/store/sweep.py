@@ -1,6 +1,6 @@
 """Deletes what has had its time: expired pictures, old jobs with their deliveries, and old idempotency keys.
 
-Never usage, keys, queued or running jobs, or pictures that have not expired.
+Never usage, votes, keys, queued or running jobs, or pictures that have not expired.
 """
 
 import datetime

@@ -164,3 +164,23 @@ class ImageRow(Base):
     media_type: orm.Mapped[str]
     created_at: orm.Mapped[datetime.datetime]
     expires_at: orm.Mapped[datetime.datetime]
+
+
+class VoteRow(Base):
+    __tablename__ = "votes"
+    # Counted by the last two, of the first two: in the order of the index.
+    __table_args__ = (Index(None, "turbo_version", "premium_version", "voter", "turbo_steps"),)
+
+    id: orm.Mapped[str] = orm.mapped_column(Identifier, primary_key=True)
+    key_id: orm.Mapped[str] = orm.mapped_column(Identifier, ForeignKey(KeyRow.id))
+    voter: orm.Mapped[str] = orm.mapped_column(Identifier)
+    at: orm.Mapped[datetime.datetime]
+    prompt: orm.Mapped[str] = orm.mapped_column(Document)  # quoted as JSON, which can hold whatever people type
+    seed: orm.Mapped[int] = orm.mapped_column(sqlalchemy.BigInteger)
+    turbo_version: orm.Mapped[str]
+    premium_version: orm.Mapped[str]
+    turbo_steps: orm.Mapped[int]
+    premium_steps: orm.Mapped[int]
+    guidance_scale: orm.Mapped[float] = orm.mapped_column(sqlalchemy.Double)
+    turbo_side: orm.Mapped[str] = orm.mapped_column(sqlalchemy.String(16))  # left or right
+    choice: orm.Mapped[str] = orm.mapped_column(sqlalchemy.String(16))  # left, right or neither

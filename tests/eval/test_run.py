@@ -67,7 +67,7 @@ def test_a_bad_student_fails_and_the_report_says_why(
     assert teacher["speed"]["cost_usd"] == pytest.approx(teacher["speed"]["seconds_per_image"] * 2 / 3600)
     shown = capsys.readouterr().out
     assert "verdict: FAIL" in shown and "prompt_accuracy of all prompts: retention 0.000" in shown
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.html"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.html", "cases.json"}
 
 
 def test_few_samples_are_inconclusive(

@@ -114,6 +114,7 @@ def serving(folder: pathlib.Path, **given: Any) -> Iterator[Live]:
             "body_timeout_s": 1.5,
             "header_timeout_s": 1.5,
             "drain_s": 10,
+            "playground": "off",
             **stack.enter_context(_backends()),
         }
         settings = Settings(**(defaults | given))

@@ -6,9 +6,14 @@ import pytest
 
 from diffusion_kd import errors
 from serve import __main__ as entry
-from serve import build, settings
+from serve import build, command, settings
 
 OPERATIONS = (pathlib.Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+
+
+def read(*options: str) -> settings.Settings:
+    """The settings of a command line."""
+    return command.settings(entry._parser().parse_args(options))
 
 
 def fields() -> list[str]:
@@ -38,7 +43,7 @@ def test_every_setting_is_in_the_operators_table(field: str) -> None:
 def test_a_malformed_setting_is_told(name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"DIFFUSION_KD_{name}", value)
     with pytest.raises(errors.ConfigError) as caught:
-        entry._settings({})
+        read()
     assert told in str(caught.value) and "\n" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
 
@@ -73,8 +78,8 @@ def test_a_data_folder_that_cannot_be_made_is_told(folder: str, tmp_path: pathli
 def test_what_is_given_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_KD_PORT", "1234")
     monkeypatch.setenv("DIFFUSION_KD_TURBO_TIER__MAX_BATCH", "3")
-    assert entry._settings({}).port == 1234 and entry._settings({"port": 5}).port == 5
-    assert entry._settings({}).turbo_tier.max_batch == 3
+    assert read().port == 1234 and read("--port", "5").port == 5
+    assert read().turbo_tier.max_batch == 3
 
 
 @pytest.mark.parametrize(

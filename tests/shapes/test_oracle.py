@@ -461,3 +461,66 @@ def test_a_picture_with_one_fact_changed_fails_in_that_fact_alone(fact: str, cha
     assert oracle.judge(oracle.read(picture_of(lone(), background="black")), prompt).correct
     facts = oracle.judge(oracle.read(picture_of(changed, background="black")), prompt).facts
     assert [name for name, right in facts.items() if not right] == [fact]
+
+
+# --- saying -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reading", "words"),
+    [
+        (reading_of(STAR_SEEN), "small red star on the left, on a white background"),
+        (reading_of(STAR_SEEN, RING_SEEN), "small red star left of large blue ring, on a white background"),
+        (reading_of(STAR_SEEN, seen_at(17, 33)), "small red star, small red star, on a white background"),
+        (reading_of(seen_at(5, 5, None, "red", None)), "? red ?, on a white background"),
+        (oracle.Reading((STAR_SEEN,), None, True), "small red star on the left, on a ? background"),
+        (oracle.Reading((), "dusk gradient", True), "nothing, on a dusk gradient"),
+        (oracle.Reading((), "white", False), "not readable"),
+    ],
+)
+def test_all_that_is_seen_is_said(reading: oracle.Reading, words: str) -> None:
+    assert oracle.say(reading) == words
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (prompt_for(BLUE_RING), "small red star"),
+        (prompt_for(BLUE_RING, place="top"), "small red star on the left"),
+        (prompt_for(BLUE_RING, background="black"), "small red star, on a white background"),
+    ],
+)
+def test_of_place_and_background_what_is_asked_is_said(prompt: scenes.Prompt, words: str) -> None:
+    assert oracle.say(reading_of(STAR_SEEN), prompt) == words
+
+
+def test_objects_are_said_in_the_order_of_the_prompt() -> None:
+    reading = reading_of(RING_SEEN, STAR_SEEN)
+    swapped = prompt_for(BLUE_RING, RED_STAR, relation="right of")
+
+    assert oracle.say(reading, BOTH) == "small red star left of large blue ring, on a white background"
+    assert oracle.say(reading, swapped) == "large blue ring right of small red star"
+    assert oracle.say(reading, prompt_for(RED_STAR)) == "large blue ring right of small red star"
+
+
+@pytest.mark.parametrize(
+    ("objects", "background", "wrong", "words"),
+    [
+        ((STAR_SEEN, RING_SEEN), "white", (), "as asked"),
+        ((STAR_SEEN, RING_SEEN), "black", ("background",), "background wrong"),
+        (
+            (seen_at(45, 30, "circle"), RING_SEEN),
+            "white",
+            ("shape", "relation"),
+            "shape wrong, relation wrong",
+        ),
+        ((STAR_SEEN,), "white", ("count",), "count wrong"),
+        ((), "black", ("count", "background"), "count wrong, background wrong"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    objects: tuple[oracle.SeenObject, ...], background: str, wrong: tuple[str, ...], words: str
+) -> None:
+    verdict = oracle.judge(oracle.Reading(objects, background, True), BOTH)
+
+    assert (verdict.wrong, verdict.say()) == (wrong, words)

@@ -54,7 +54,7 @@ def test_a_database_of_a_newer_release_is_refused(database_url: str) -> None:
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     engine.dispose()
-    with pytest.raises(errors.ConfigError, match=r"revision 9999.*up to 0001.*newer"):
+    with pytest.raises(errors.ConfigError, match=r"revision 9999.*up to 0002.*newer"):
         store_module.Store(database_url)
 
 

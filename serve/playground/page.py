@@ -1,0 +1,60 @@
+"""The whole page, and where it is mounted."""
+
+import gradio as gr
+from fastapi import FastAPI, Response
+
+import diffusion_kd
+from serve.playground import compare, html, opinions, quality, runs, savings
+from serve.playground.stage import Stage
+
+_TITLE = "diffusion-kd playground"
+_ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">
+<rect width="8" height="16" fill="#0d9488"/><rect x="8" width="8" height="16" fill="#6d5bd0"/></svg>"""
+_LOGIN = "Log in with an API key: its id (key_…) as the user name, its secret (dkd_…) as the password."
+
+
+def build(on: Stage) -> gr.Blocks:
+    """All tabs. Nothing of it leaves this machine: no analytics, no fonts or scripts from elsewhere."""
+    with gr.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.HTML(
+            html.render("title", version=diffusion_kd.__version__),
+            elem_classes="dkd-title",
+        )
+        with gr.Tabs():
+            with gr.Tab("Compare", id="compare"):
+                compare.Compare(on, page)
+            with gr.Tab("Opinions", id="opinions"):
+                opinions.Opinions(on)
+            with gr.Tab("Quality", id="quality") as tab:
+                quality.Quality(on, tab)
+            with gr.Tab("Savings", id="savings"):
+                savings.Savings(on)
+            with gr.Tab("Runs", id="runs") as tab:
+                runs.Runs(on, tab)
+    return page  # type: ignore[no-any-return]
+
+
+def mount(app: FastAPI, on: Stage, path: str, *, keys: bool) -> None:
+    """Put the page into an app, whose lifespan then starts and ends it too. keys: ask for an API key first."""
+    # Before the page, which has one of its own where it stands at the root.
+    app.add_route("/favicon.ico", lambda _: Response(_ICON, media_type="image/svg+xml"), include_in_schema=False)
+    gr.mount_gradio_app(
+        app,
+        build(on),
+        path,
+        footer_links=[],
+        run_history=False,
+        auth=on.may_enter if keys else None,
+        auth_message=_LOGIN,
+        show_error=False,
+        max_file_size="1kb",  # nothing is uploaded here
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        theme=_theme(),
+        css_paths=[html.STYLE],
+    )
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Default(primary_hue="teal", secondary_hue="indigo", neutral_hue="slate", radius_size="md")

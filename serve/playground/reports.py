@@ -1,0 +1,52 @@
+"""Evaluations on disk: which there are, and each as a person would name it."""
+
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from diffusion_kd import artifact, errors
+from eval import compare, report
+
+log = logging.getLogger(__name__)
+
+_DEEPEST = 3
+"""Folders below the runs' own that are searched."""
+
+
+def find(runs: pathlib.Path, served: str) -> dict[str, pathlib.Path]:
+    """Name -> report.json, the newest first. served: the student; a report beside it counts even outside of `runs`."""
+    beside = artifact.resolve(served).parent / report.REPORT_NAME
+    paths = dict.fromkeys([*_below(runs), *([beside] if beside.is_file() else [])])
+    named: dict[str, pathlib.Path] = {}
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        name = _name(path, runs)
+        if name is not None:
+            named.setdefault(name, path)
+    return named
+
+
+def _below(runs: pathlib.Path) -> Iterator[pathlib.Path]:
+    for depth in range(1, _DEEPEST + 1):
+        yield from runs.glob("*/" * depth + report.REPORT_NAME)
+
+
+def _name(path: pathlib.Path, runs: pathlib.Path) -> str | None:
+    """None for a report that this release cannot read."""
+    try:
+        content = compare.load(path)
+        student, protocol = content["models"]["student"], content["protocol"]["id"]
+        where = path.parent.relative_to(runs) if path.is_relative_to(runs) else "shipped"
+        return f"{where}: {_last(student['source'])} on {protocol}, {content['verdict']}"
+    except (errors.DataError, KeyError, TypeError) as error:
+        log.debug("%s is left out: %s", path, errors.first_line(error))
+        return None
+
+
+def _last(source: str) -> str:
+    return source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """Raises DataError."""
+    return compare.load(path)
