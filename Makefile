@@ -22,7 +22,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher distill evaluate serve test check format lock ship-teacher ship-student clean
+.PHONY: help install demo teacher distill evaluate serve test screenshots check format lock ship-teacher ship-student clean
 
 help: ## list the targets
 	grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -51,6 +51,10 @@ serve: $(INSTALLED) ## serve teacher and student as two tiers
 # One thread for each worker: torch's own would fight over the cores. No test may download anything.
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+screenshots: $(INSTALLED) ## take the documentation's pictures of the playground, in a real browser
+	OMP_NUM_THREADS=1 DIFFUSION_KD_TEST_SCREENSHOTS=docs/images/playground DIFFUSION_KD_TEST_NO_SKIPS=1 \
+	    $(BIN)/python -m pytest tests/serve/playground -k "beside or kept or pictures or click_away or curves or phone or dark"
 
 check: $(INSTALLED) ## lint, formatting, types, and who imports whom
 	$(BIN)/ruff check --quiet --output-format concise

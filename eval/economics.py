@@ -484,8 +484,8 @@ def results(case: Case) -> Iterator[tuple[str, str]]:
     yield "saved a request", f"{money(saved_per_image_usd(case))} before upkeep"
     yield "saved a month", f"{money(monthly_saving_usd(case))} after upkeep"
     yield "paid back", _paid(case)
-    yield "a month saves", _volume(break_even_images(case))
-    yield f"{duration(HORIZON_MONTHS)} pay it back", _volume(payback_images(case))
+    yield "break-even", _volume(break_even_images(case))
+    yield f"pays back in {duration(HORIZON_MONTHS)}", _volume(payback_images(case))
     net_usd = curve(case)
     for month in range(12, HORIZON_MONTHS + 1, 12):
         yield f"net after year {month // 12}", money(net_usd[month])

@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     sys.stdout.write(
         f"\nNext:\n"
         f"  look at                {given.out / report.PAGE_NAME}\n"
+        f"  see it as a page       make serve, then http://127.0.0.1:8000/playground (Quality, Runs)\n"
         f"  watch the curves       .venv/bin/tensorboard --logdir {given.out}\n"
         f"  the full distillation  make distill\n"
         f"  your own pictures      .venv/bin/python -m training.teacher --data FOLDER --out runs/my-teacher\n"

@@ -35,8 +35,8 @@ class Quality:
         self._on = on
         self._people = gr.HTML("", elem_id="people")
         with gr.Row():
-            self._report = gr.Dropdown([], label="Evaluation", interactive=True, filterable=False)
-            self._other = gr.Dropdown([], label="Compare with", interactive=True, filterable=False)
+            self._report = gr.Dropdown([], label="Evaluation", interactive=True, filterable=False, min_width=280)
+            self._other = gr.Dropdown([], label="Compare with", interactive=True, filterable=False, min_width=280)
         self._beside = gr.HTML("", elem_id="comparison")
         self._shown = gr.HTML("", elem_id="evaluation")
         menus = [self._report, self._other]

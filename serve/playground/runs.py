@@ -82,7 +82,11 @@ class Runs:
             return [html.notice(stage.sentence(error), "bad"), [], "", "", gr.update(active=False)]
         return [
             _health(history),
-            [on_disk.thin(curve) for curve in history.curves],
+            [
+                on_disk.thin(curve)
+                for curve in history.curves
+                if not curve.tag.endswith("_skipped") or any(curve.values)
+            ],
             html.render("grids", grids=_grids(history.grids)),
             html.render("config", config=run.config),
             gr.update(active=run.active),

@@ -53,6 +53,7 @@ class Savings:
                     x="month",
                     y="net (US dollars)",
                     title="Net over three years",
+                    x_lim=[0, economics.HORIZON_MONTHS],
                     height=240,
                     elem_id="savings-curve",
                 )
@@ -106,8 +107,7 @@ class Savings:
 
     def _measured(self) -> list[Any]:
         """What an image of each tier cost in this service, at its defaults."""
-        service = self._on.service
-        return [*map(self._image_usd, ("premium", "turbo")), html.notice(_MEASURED)] if service.price else []
+        return [*map(self._image_usd, ("premium", "turbo")), html.notice(_MEASURED)]
 
     def _image_usd(self, name: str) -> float:
         service, tier = self._on.service, self._on.service.catalogue.tiers[name]
@@ -143,7 +143,7 @@ def _verdict(case: economics.Case) -> str:
 
 
 def _numbers(case: economics.Case) -> str:
-    return html.render("numbers", numbers=[*economics.facts(case), *economics.results(case)])
+    return html.render("numbers", numbers=economics.results(case))
 
 
 def _curve(case: economics.Case) -> pd.DataFrame:

@@ -101,8 +101,11 @@ class Live:
             client.close()
 
 
+Create = Callable[[Settings, build.Built], FastAPI]
+
+
 @contextlib.contextmanager
-def serving(folder: pathlib.Path, **given: Any) -> Iterator[Live]:
+def serving(folder: pathlib.Path, create: Create = api.create_app, **given: Any) -> Iterator[Live]:
     """A service with these settings, on the backends of the environment; by default it asks for keys."""
     with contextlib.ExitStack() as stack:
         port = _free_port()
@@ -119,7 +122,7 @@ def serving(folder: pathlib.Path, **given: Any) -> Iterator[Live]:
         }
         settings = Settings(**(defaults | given))
         built = build.build(settings)
-        app = api.create_app(settings, built)
+        app = create(settings, built)
         with _uvicorn(settings, app):
             live = Live(settings, app, built, f"http://127.0.0.1:{port}")
             stack.callback(live.close_clients)
