@@ -79,19 +79,21 @@ lock: ## resolve the newest versions of everything but torch and write requireme
 # A student belongs to one teacher: another teacher ships without the students of the last.
 ship-teacher: ## copy runs/teacher into the package, in place of teacher, encoder and student
 	test -d runs/teacher/teacher || { echo "error: no runs/teacher/teacher; run make teacher first" >&2; exit 2; }
-	rm -rf $(WEIGHTS)/shapes-*
+	rm -rf $(WEIGHTS)/shapes-* $(WEIGHTS)/report.json $(WEIGHTS)/cases.json
 	cp -r runs/teacher/teacher $(WEIGHTS)/shapes-teacher
 	cp -r runs/teacher/encoder $(WEIGHTS)/shapes-encoder
 
 # Its text encoders and autoencoder are its teacher's: links keep the repository small.
-ship-student: ## copy runs/distill, a student of the shipped teacher, into the package
+ship-student: ## copy runs/distill, a student of the shipped teacher, and its evaluation into the package
 	test -d runs/distill/student || { echo "error: no runs/distill/student; run make distill first" >&2; exit 2; }
+	grep -q '"source": "runs/distill/student"' runs/eval/report.json || { echo "error: runs/eval is no evaluation of it; run make evaluate first" >&2; exit 2; }
 	for part in vae text_encoder text_encoder_2; do \
 	    diff -rq runs/distill/student/$$part $(WEIGHTS)/shapes-teacher/$$part >/dev/null || { \
 	        echo "error: the $$part of runs/distill/student is not the shipped teacher's; distil shapes-teacher" >&2; exit 2; }; \
 	done
 	rm -rf $(WEIGHTS)/shapes-student
 	cp -r runs/distill/student $(WEIGHTS)/shapes-student
+	cp runs/eval/report.json runs/eval/cases.json $(WEIGHTS)
 	for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
 	    rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
 	done

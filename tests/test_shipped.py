@@ -1,5 +1,6 @@
 """The shipped weights: small enough, loadable by name, and as good as the documentation says (on a few prompts)."""
 
+import hashlib
 import pathlib
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from diffusion_kd import artifact, pipeline
 from diffusion_kd.shapes import oracle, scenes
-from eval import sampling
+from eval import cases, compare, images, sampling
 from eval.metrics import diversity, perceptual
 
 WEIGHTS = artifact.SHIPPED["shapes-teacher"].parent
@@ -72,3 +73,11 @@ def test_a_student_knows_its_teacher() -> None:
     distillation = artifact.read_distillation("shapes-student")
     assert distillation.lineage["teacher"] == "shapes-teacher" and distillation.guidance_scale == 0
     assert pathlib.Path(WEIGHTS / "shapes-student" / "vae").resolve() == (WEIGHTS / "shapes-teacher" / "vae").resolve()
+
+
+def test_the_shipped_evaluation_is_of_the_shipped_student() -> None:
+    report, chosen = compare.load(WEIGHTS), cases.load(WEIGHTS)
+    assert report["protocol"]["as_written"] and report["complete"]
+    for model in ("student", "teacher"):
+        assert report["models"][model]["artifact_sha256"] == images.artifact_sha256(f"shapes-{model}")
+    assert chosen.report.sha256 == hashlib.sha256((WEIGHTS / "report.json").read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 """One prompt and one seed in both tiers: turbo while one types, premium when asked for, and a wipe between them."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -16,14 +17,10 @@ _FIRST_SEED = 7
 _TYPING_MS = 150
 """Turbo draws when nobody has typed for so long."""
 
-# Gradio waits for what this promises before it asks the server. Of a burst of keystrokes the last alone is kept, and
-# nothing that the card shows already, such as an example that has just been taken.
+# Gradio waits for what this promises before it asks the server; of a burst of keystrokes the last alone is kept.
 _WHEN_STILL = f"""(...given) => new Promise(resolve => {{
     clearTimeout(window.dkdTyping);
-    window.dkdTyping = setTimeout(() => {{
-        const {{prompt, seed, steps}} = document.querySelector('#turbo .dkd-card').dataset;
-        if (JSON.stringify([prompt, seed, steps]) !== JSON.stringify(given.map(String))) resolve(given);
-    }}, {_TYPING_MS});
+    window.dkdTyping = setTimeout(() => resolve(given), {_TYPING_MS});
 }})"""
 _AT_ONCE = "(...given) => { clearTimeout(window.dkdTyping); return given; }"
 
@@ -46,13 +43,14 @@ _GENERAL = {
 _HINT = "Press Compare: premium takes its time, and shows what it has on the way."
 _BLANK = "Type what you would like to see."
 _STOPPED = "Stopped. Press Compare to begin again."
+_STOP_OFF = gr.update(interactive=False)
 
 
 class Compare:
     """The tab. Its choices and its first picture come when a page is loaded."""
 
     def __init__(self, on: Stage, page: gr.Blocks) -> None:
-        self._on = on
+        self._on, self._cards, self._strip = on, drawing.Turns(), drawing.Turns()
         with gr.Row(elem_classes="dkd-ask"):
             self._prompt = gr.Textbox(
                 label="Prompt",
@@ -87,42 +85,34 @@ class Compare:
         self._wire(page)
 
     def _wire(self, page: gr.Blocks) -> None:
-        cards = [self._turbo, self._premium, self._wipe]
+        cards = [self._turbo, self._premium, self._wipe, self._stop]
         knobs = [self._prompt, self._seed, self._steps, self._many, self._guidance]
-        comparing = gr.on(
+        gr.on(
             [self._start.click, self._prompt.submit],
             self._compare,
             [*knobs, self._locked],
-            [self._seed, *cards, self._stop],
+            [self._seed, *cards],
             js=_AT_ONCE,
-            trigger_mode="once",
+            trigger_mode="multiple",
             **AT_ONCE,
-        )
-        diversity = self._diverse.click(
-            self._diversity, knobs, [self._strips, self._stop], trigger_mode="once", **AT_ONCE
         )
         gr.on(
             # Gradio's `input` knows keys that write: not Backspace, and not what is pasted.
             [self._prompt.change, self._seed.change, self._steps.change],
             self._typed,
-            [self._prompt, self._seed, self._steps],
+            knobs[:3],
             cards,
             js=_WHEN_STILL,
-            cancels=[comparing],
             trigger_mode="multiple",
             **AT_ONCE,
         )
-        self._examples.click(
-            self._take,
-            [self._examples, self._seed, self._steps],
-            [self._prompt, *cards],
-            cancels=[comparing],
-            **AT_ONCE,
-        )
+        self._examples.click(self._take, [self._examples, *knobs[1:3]], [self._prompt, *cards], **AT_ONCE)
+        self._diverse.click(self._diversity, knobs, [self._strips, self._stop], trigger_mode="multiple", **AT_ONCE)
         shown = [self._turbo, self._premium, self._strips]
-        self._stop.click(_stopped, shown, [*shown, self._stop], cancels=[comparing, diversity], **AT_ONCE)
+        self._stop.click(self._stopped, shown, [*shown, self._stop], **AT_ONCE)
         choices = [self._prompt, self._examples, self._steps, self._many, self._guidance]
         page.load(self._prepare, None, [*choices, *cards], **AT_ONCE)
+        page.unload(self._left)
 
     @property
     def _samples(self) -> dict[str, str]:
@@ -146,13 +136,19 @@ class Compare:
         text = list(self._samples.values())[index]
         return [text, *await self._typed(text, seed, steps, request)]
 
-    async def _typed(self, text: str, seed: int | None, steps: int, request: gr.Request) -> list[str]:
+    async def _typed(self, text: str, seed: int | None, steps: int, request: gr.Request) -> list[Any]:
         """Turbo's picture of a prompt that may change again in a moment."""
-        card = None
+        about = (text, seed, steps)
+        if self._cards.about(request) == about:  # an example, or what Compare draws already
+            return [gr.skip()] * 4
+        over, card = self._cards.take(request, about), None
         if text.strip():
-            asked = Asked("turbo", text, _number(seed), steps)
-            *_, card = [each async for each in drawing.draw(self._on, request, asked)]
-        return [_card(card, "turbo", _BLANK), _card(None, "premium"), _wipe([None, None])]
+            drawn = drawing.draw(self._on, request, Asked("turbo", text, _number(seed), steps))
+            async for found in drawing.together([drawn], over):
+                card = found[0]
+        if over.is_set():
+            return [gr.skip()] * 4
+        return [_card(card, "turbo", _BLANK), _card(None, "premium"), _wipe([None, None]), _STOP_OFF]
 
     async def _compare(
         self, text: str, seed: int | None, steps: int, many: int, guidance: float, keep: bool, request: gr.Request
@@ -160,10 +156,13 @@ class Compare:
         """Both tiers at once, each as it comes."""
         number = _number(seed if keep else None)
         pair = [Asked("turbo", text, number, steps), Asked("premium", text, number, int(many), guidance)]
-        async for found in self._both(pair, request):
+        over = self._cards.take(request, (text, number, steps))
+        async for found in self._both(pair, request, over):
             turbo, premium = found
             going_on = gr.update(interactive=not _over(found))
             yield [number, _card(turbo, "turbo"), _card(premium, "premium"), _wipe(found), going_on]
+        if over.is_set():
+            yield [gr.skip()] * 5  # Gradio shows the last of these once more
 
     async def _diversity(
         self, text: str, seed: int | None, steps: int, many: int, guidance: float, request: gr.Request
@@ -174,17 +173,33 @@ class Compare:
             Asked("turbo", text, first, steps, count=_SEEDS),
             Asked("premium", text, first, int(many), guidance, count=_SEEDS),
         ]
-        async for found in self._both(pair, request):
+        over = self._strip.take(request, pair)
+        async for found in self._both(pair, request, over):
             strips = html.render("strip", tiers=list(zip(("turbo", "premium"), found, strict=True)))
             yield [strips, gr.update(interactive=not _over(found))]
+        if over.is_set():
+            yield [gr.skip()] * 2
 
-    async def _both(self, pair: Sequence[Asked], request: gr.Request) -> AsyncGenerator[list[Card | None]]:
-        drawings = drawing.together(*(drawing.draw(self._on, request, asked) for asked in pair))
+    async def _both(
+        self, pair: Sequence[Asked], request: gr.Request, over: asyncio.Event
+    ) -> AsyncGenerator[list[Card | None]]:
+        drawings = drawing.together([drawing.draw(self._on, request, asked) for asked in pair], over)
         try:
             async for found in drawings:
                 yield found
         finally:
             await drawings.aclose()
+
+    async def _stopped(self, turbo: str, premium: str, strips: str, request: gr.Request) -> list[Any]:
+        """What was being drawn is gone; what is finished stays."""
+        await self._left(request)
+        instead = (_card(None, "turbo", _STOPPED), _card(None, "premium", _STOPPED), "")
+        shown = zip((turbo, premium, strips), instead, strict=True)
+        return [*(new if html.DRAWING in old else old for old, new in shown), _STOP_OFF]
+
+    async def _left(self, request: gr.Request) -> None:
+        self._cards.end(request)
+        self._strip.end(request)
 
 
 def _number(seed: int | None) -> int:
@@ -203,10 +218,3 @@ def _wipe(found: Sequence[Card | None]) -> str:
     both = all(card is not None and card.finished for card in found)
     turbo, premium = found if both else (None, None)
     return html.render("wipe", turbo=turbo, premium=premium)
-
-
-def _stopped(*shown: str) -> list[Any]:
-    """What was being drawn is gone; what is finished stays."""
-    instead = (_card(None, "turbo", _STOPPED), _card(None, "premium", _STOPPED), "")
-    kept = [new if html.DRAWING in old else old for old, new in zip(shown, instead, strict=True)]
-    return [*kept, gr.update(interactive=False)]

@@ -167,8 +167,40 @@ def _picture(event: schemas.CompletedEvent, wants: scenes.Prompt | None) -> Pict
     return Picture(_uri(event), event.seed, oracle.say(reading, wants), verdict.say(), verdict.correct)
 
 
-async def together(*drawings: AsyncGenerator[Card]) -> AsyncGenerator[list[Card | None]]:
-    """The newest card of each drawing, whenever one has a new one. Closed early, it closes them all."""
+class Turns:
+    """Of what one visitor asks for, the newest stands: what came before it ends, and does not come back over it.
+
+    For the event loop's thread alone.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str | None, tuple[object, asyncio.Event]] = {}
+
+    def take(self, request: gr.Request, about: object) -> asyncio.Event:
+        """A turn that is over once the same visitor takes another. about: what it draws."""
+        self.end(request)
+        over = asyncio.Event()
+        self._last[request.session_hash] = about, over
+        return over
+
+    def about(self, request: gr.Request) -> object:
+        """What the visitor's last turn draws, or has drawn; None if there is none, or it was ended."""
+        return self._last.get(request.session_hash, (None,))[0]
+
+    def end(self, request: gr.Request) -> None:
+        """The visitor asks for nothing any more."""
+        _, over = self._last.pop(request.session_hash, (None, None))
+        if over is not None:
+            over.set()
+
+
+async def together(
+    drawings: Sequence[AsyncGenerator[Card]], over: asyncio.Event | None = None
+) -> AsyncGenerator[list[Card | None]]:
+    """The newest card of each drawing, whenever one has a new one, until all have ended or the turn is over.
+
+    Closed early, it closes them all.
+    """
     newest: list[Card | None] = [None] * len(drawings)
     changed: asyncio.Queue[tuple[int, Card | None]] = asyncio.Queue()
 
@@ -180,11 +212,19 @@ async def together(*drawings: AsyncGenerator[Card]) -> AsyncGenerator[list[Card 
             await drawing.aclose()
             changed.put_nowait((index, None))
 
+    async def watch(over: asyncio.Event) -> None:
+        await over.wait()
+        changed.put_nowait((-1, None))
+
     tasks = [asyncio.create_task(follow(*each), name="playground") for each in enumerate(drawings)]
+    if over is not None:
+        tasks.append(asyncio.create_task(watch(over), name="playground"))
     try:
-        running = len(tasks)
+        running = len(drawings)
         while running:
             index, card = await changed.get()
+            if over is not None and over.is_set():
+                return
             if card is None:
                 running -= 1
                 continue

@@ -88,7 +88,7 @@ class Opinions:
         """Draw a pair. Nothing is shown before both are there, lest the time tell which is which."""
         prompt = own.strip() or await asyncio.to_thread(_prompt, "shapes" if self._on.on_shapes else "general")
         found: list[Card | None] = []
-        drawings = drawing.together(*(drawing.draw(self._on, request, asked) for asked in self._asked(prompt)))
+        drawings = drawing.together([drawing.draw(self._on, request, asked) for asked in self._asked(prompt)])
         try:
             async for found in drawings:
                 done = sum(card.done for card in found if card is not None) / len(found)

@@ -42,6 +42,7 @@ def mount(app: FastAPI, on: Stage, path: str, *, keys: bool) -> None:
         app,
         build(on),
         path,
+        app_kwargs={"openapi_url": None},
         footer_links=[],
         run_history=False,
         auth=on.may_enter if keys else None,

@@ -76,7 +76,7 @@ def test_votes_are_counted_here(visit: Any) -> None:
     show(page)
     vote(page, "No difference")
     page.get_by_role("tab", name="Quality").click()
-    expect(page.locator("#people")).to_contain_text(re.compile(r"\d+ % for turbo\. Turbo was preferred in .* 95 %: "))
+    expect(page.locator("#people")).to_contain_text(re.compile(r"\d+ % for turbo\. Turbo was preferred in .* \(95 %: "))
 
 
 def test_on_a_phone_nothing_sticks_out(visit: Any, picture: Any) -> None:
