@@ -22,7 +22,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SILENT:
 .DEFAULT_GOAL := help
-.PHONY: help install demo teacher distill evaluate serve test screenshots check format lock ship-teacher ship-student clean
+.PHONY: help install demo teacher distill evaluate serve test screenshots check format lock ship-teacher ship-student ship-report clean
 
 help: ## list the targets
 	grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -84,19 +84,22 @@ ship-teacher: ## copy runs/teacher into the package, in place of teacher, encode
 	cp -r runs/teacher/encoder $(WEIGHTS)/shapes-encoder
 
 # Its text encoders and autoencoder are its teacher's: links keep the repository small.
-ship-student: ## copy runs/distill, a student of the shipped teacher, and its evaluation into the package
+ship-student: ## copy runs/distill, a student of the shipped teacher, into the package
 	test -d runs/distill/student || { echo "error: no runs/distill/student; run make distill first" >&2; exit 2; }
-	grep -q '"source": "runs/distill/student"' runs/eval/report.json || { echo "error: runs/eval is no evaluation of it; run make evaluate first" >&2; exit 2; }
 	for part in vae text_encoder text_encoder_2; do \
 	    diff -rq runs/distill/student/$$part $(WEIGHTS)/shapes-teacher/$$part >/dev/null || { \
 	        echo "error: the $$part of runs/distill/student is not the shipped teacher's; distil shapes-teacher" >&2; exit 2; }; \
 	done
-	rm -rf $(WEIGHTS)/shapes-student
+	rm -rf $(WEIGHTS)/shapes-student $(WEIGHTS)/report.json $(WEIGHTS)/cases.json
 	cp -r runs/distill/student $(WEIGHTS)/shapes-student
-	cp runs/eval/report.json runs/eval/cases.json $(WEIGHTS)
 	for part in vae text_encoder text_encoder_2 tokenizer tokenizer_2; do \
 	    rm -r $(WEIGHTS)/shapes-student/$$part; ln -s ../shapes-teacher/$$part $(WEIGHTS)/shapes-student/$$part; \
 	done
+
+ship-report: ## copy runs/eval, the evaluation of the shipped student, into the package
+	grep -qs '"source": "shapes-student"' runs/eval/report.json || { \
+	    echo "error: runs/eval is no evaluation of shapes-student; run make evaluate STUDENT=shapes-student first" >&2; exit 2; }
+	cp runs/eval/report.json runs/eval/cases.json $(WEIGHTS)
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -5,7 +5,7 @@ from typing import Any
 
 import jinja2
 
-from eval import views
+from eval import economics, views
 from serve.playground import words
 
 _FOLDER = pathlib.Path(__file__).parent / "templates"
@@ -20,7 +20,7 @@ _environment = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters |= {"duration": words.duration, "usd": words.usd, "percent": words.percent}
+_environment.filters |= {"duration": words.duration, "usd": economics.money, "percent": economics.percent}
 _environment.globals["count"] = words.count
 
 

@@ -160,7 +160,5 @@ def _tables(case: economics.Case) -> str:
             ("If premium makes … of turbo's requests again", found.fallback_share),
         ],
         kinds=_KINDS,
-        money=economics.money,
-        duration=economics.duration,
-        percent=economics.percent,
+        months=economics.duration,
     )
