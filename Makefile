@@ -54,7 +54,7 @@ test: $(INSTALLED) ## run the tests
 
 screenshots: $(INSTALLED) ## take the documentation's pictures of the playground, in a real browser
 	OMP_NUM_THREADS=1 DIFFUSION_KD_TEST_SCREENSHOTS=docs/images/playground DIFFUSION_KD_TEST_NO_SKIPS=1 \
-	    $(BIN)/python -m pytest tests/serve/playground -k "beside or kept or pictures or click_away or curves or phone or dark"
+	    $(BIN)/python -m pytest tests/serve/playground -k "beside or kept or pictures or click_away or curves"
 
 check: $(INSTALLED) ## lint, formatting, types, and who imports whom
 	$(BIN)/ruff check --quiet --output-format concise
