@@ -91,7 +91,8 @@ def _add_playground(app: FastAPI, settings: Settings, path: str) -> None:
     from serve.playground import page
     from serve.playground.stage import Stage
 
-    page.mount(app, Stage(lambda: app.state.service, settings.runs_folder), path, keys=settings.auth == "keys")
+    stage = Stage(lambda: app.state.service, settings.runs_folder)
+    page.mount(app, stage, path, keys=settings.auth == "keys", public=build.public_url(settings))
 
 
 @contextlib.asynccontextmanager

@@ -221,15 +221,18 @@ class Service:
         image_s = self.engine.predicted_device_s(request.tier, request.steps, guided=request.guided)
         return self.price.nanousd(image_s * len(request.seeds))
 
+    def image_nanousd(self, tier: str) -> int:
+        """What an image of a tier costs at its defaults, as the last requests are measured."""
+        known = self.catalogue.tiers[tier]
+        guided = known.default_guidance_scale > 1
+        return self.price.nanousd(self.engine.predicted_device_s(tier, known.default_steps, guided=guided))
+
     def bill(self, plan: Plan, result: Result) -> Bill:
         device_s = result.compute.device_s
         cost = self.price.nanousd(device_s)
         if plan.tier == "premium":
             return Bill(device_s, cost, cost)
-        premium = self.catalogue.tiers["premium"]
-        guided = premium.default_guidance_scale > 1
-        image_s = self.engine.predicted_device_s("premium", premium.default_steps, guided=guided)
-        return Bill(device_s, cost, self.price.nanousd(image_s * len(result.files)))
+        return Bill(device_s, cost, self.image_nanousd("premium") * len(result.files))
 
     def usage(self, key: records.Key, plan: Plan, bill: Bill) -> records.Usage:
         """What is recorded of a request."""

@@ -12,8 +12,6 @@ _STARTED = int(time.time())
 def describe(service: Service, name: str) -> schemas.ModelOut:
     """name: of the tier itself."""
     tier = service.catalogue.tiers[name]
-    guided = tier.default_guidance_scale > 1
-    image_s = service.engine.predicted_device_s(name, tier.default_steps, guided=guided)
     return schemas.ModelOut(
         id=name,
         created=_STARTED,
@@ -30,7 +28,7 @@ def describe(service: Service, name: str) -> schemas.ModelOut:
         queued=service.engine.queued(name),
         latency=_latency(list(service.latencies_s[name])),
         price_per_gpu_hour_usd=service.price.per_gpu_hour_usd,
-        image_cost_usd=costs.to_usd(service.price.nanousd(image_s)),
+        image_cost_usd=costs.to_usd(service.image_nanousd(name)),
         evaluation=service.evaluation if tier.is_student else None,
     )
 

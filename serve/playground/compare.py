@@ -1,6 +1,5 @@
 """One prompt and one seed in both tiers: turbo while one types, premium when asked for, and a wipe between them."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -106,47 +105,45 @@ class Compare:
             trigger_mode="multiple",
             **AT_ONCE,
         )
-        self._examples.click(self._take, [self._examples, *knobs[1:3]], [self._prompt, *cards], **AT_ONCE)
         self._diverse.click(self._diversity, knobs, [self._strips, self._stop], trigger_mode="multiple", **AT_ONCE)
-        shown = [self._turbo, self._premium, self._strips]
-        self._stop.click(self._stopped, shown, [*shown, self._stop], **AT_ONCE)
+        self._stop.click(self._end, None, self._stop, **AT_ONCE)
         choices = [self._prompt, self._examples, self._steps, self._many, self._guidance]
-        page.load(self._prepare, None, [*choices, *cards], **AT_ONCE)
-        page.unload(self._left)
+        for chosen in (
+            self._examples.click(self._example, self._examples, self._prompt, js=_AT_ONCE, **AT_ONCE),
+            page.load(self._choices, None, choices, **AT_ONCE),
+        ):
+            chosen.then(self._typed, knobs[:3], cards, **AT_ONCE)
+        page.unload(self._leave)
 
     @property
     def _samples(self) -> dict[str, str]:
         return _SHAPES if self._on.on_shapes else _GENERAL
 
-    async def _prepare(self, request: gr.Request) -> list[Any]:
-        """The choices that the models leave, and a first picture."""
+    def _choices(self) -> list[Any]:
+        """What the models leave to choose, and a first prompt."""
         turbo, premium = (self._on.service.catalogue.tiers[tier] for tier in ("turbo", "premium"))
-        first = next(iter(self._samples.values()))
         return [
-            first,
+            next(iter(self._samples.values())),
             gr.update(samples=[[text] for text in self._samples.values()], sample_labels=list(self._samples)),
             gr.update(choices=turbo.steps, value=turbo.default_steps, visible=len(turbo.steps) > 1),
             premium.default_steps,
             premium.default_guidance_scale,
-            *await self._typed(first, _FIRST_SEED, turbo.default_steps, request),
         ]
 
-    async def _take(self, index: int, seed: int | None, steps: int, request: gr.Request) -> list[Any]:
-        """An example instead of the prompt."""
-        text = list(self._samples.values())[index]
-        return [text, *await self._typed(text, seed, steps, request)]
+    def _example(self, index: int) -> str:
+        return list(self._samples.values())[index]
 
     async def _typed(self, text: str, seed: int | None, steps: int, request: gr.Request) -> list[Any]:
         """Turbo's picture of a prompt that may change again in a moment."""
         about = (text, seed, steps)
         if self._cards.about(request) == about:  # an example, or what Compare draws already
             return [gr.skip()] * 4
-        over, card = self._cards.take(request, about), None
+        turn, card = self._cards.take(request, about), None
         if text.strip():
             drawn = drawing.draw(self._on, request, Asked("turbo", text, _number(seed), steps))
-            async for found in drawing.together([drawn], over):
+            async for found in drawing.together([drawn], turn):
                 card = found[0]
-        if over.is_set():
+        if turn.over.is_set():
             return [gr.skip()] * 4
         return [_card(card, "turbo", _BLANK), _card(None, "premium"), _wipe([None, None]), _STOP_OFF]
 
@@ -156,13 +153,11 @@ class Compare:
         """Both tiers at once, each as it comes."""
         number = _number(seed if keep else None)
         pair = [Asked("turbo", text, number, steps), Asked("premium", text, number, int(many), guidance)]
-        over = self._cards.take(request, (text, number, steps))
-        async for found in self._both(pair, request, over):
-            turbo, premium = found
-            going_on = gr.update(interactive=not _over(found))
-            yield [number, _card(turbo, "turbo"), _card(premium, "premium"), _wipe(found), going_on]
-        if over.is_set():
-            yield [gr.skip()] * 5  # Gradio shows the last of these once more
+        turn, found = self._cards.take(request, (text, number, steps)), list[Card | None]([None, None])
+        async for found in self._both(pair, request, turn):
+            yield [number, *_cards(found), gr.update(interactive=not _over(found))]
+        if turn.over.is_set():  # Gradio shows the last of these once more
+            yield [number, *_cards(found, _STOPPED), _STOP_OFF] if turn.stopped else [gr.skip()] * 5
 
     async def _diversity(
         self, text: str, seed: int | None, steps: int, many: int, guidance: float, request: gr.Request
@@ -173,33 +168,34 @@ class Compare:
             Asked("turbo", text, first, steps, count=_SEEDS),
             Asked("premium", text, first, int(many), guidance, count=_SEEDS),
         ]
-        over = self._strip.take(request, pair)
-        async for found in self._both(pair, request, over):
+        turn = self._strip.take(request, pair)
+        async for found in self._both(pair, request, turn):
             strips = html.render("strip", tiers=list(zip(("turbo", "premium"), found, strict=True)))
             yield [strips, gr.update(interactive=not _over(found))]
-        if over.is_set():
-            yield [gr.skip()] * 2
+        if turn.over.is_set():
+            yield ["", _STOP_OFF] if turn.stopped else [gr.skip()] * 2
 
-    async def _both(
-        self, pair: Sequence[Asked], request: gr.Request, over: asyncio.Event
+    def _both(
+        self, pair: Sequence[Asked], request: gr.Request, turn: drawing.Turn
     ) -> AsyncGenerator[list[Card | None]]:
-        drawings = drawing.together([drawing.draw(self._on, request, asked) for asked in pair], over)
-        try:
-            async for found in drawings:
-                yield found
-        finally:
-            await drawings.aclose()
+        return drawing.together([drawing.draw(self._on, request, asked) for asked in pair], turn)
 
-    async def _stopped(self, turbo: str, premium: str, strips: str, request: gr.Request) -> list[Any]:
-        """What was being drawn is gone; what is finished stays."""
-        await self._left(request)
-        instead = (_card(None, "turbo", _STOPPED), _card(None, "premium", _STOPPED), "")
-        shown = zip((turbo, premium, strips), instead, strict=True)
-        return [*(new if html.DRAWING in old else old for old, new in shown), _STOP_OFF]
+    async def _end(self, request: gr.Request) -> dict[str, Any]:
+        """What is being drawn is gone; what is finished stays."""
+        self._cards.end(request, stopped=True)
+        self._strip.end(request, stopped=True)
+        return _STOP_OFF
 
-    async def _left(self, request: gr.Request) -> None:
+    async def _leave(self, request: gr.Request) -> None:
         self._cards.end(request)
         self._strip.end(request)
+
+
+def _cards(found: Sequence[Card | None], otherwise: str = "") -> list[str]:
+    """Both cards and the wipe. otherwise: a hint instead of what is not finished."""
+    turbo, premium = (None if otherwise and not (card and card.finished) else card for card in found)
+    hint = otherwise or _HINT
+    return [_card(turbo, "turbo", hint), _card(premium, "premium", hint), _wipe(found)]
 
 
 def _number(seed: int | None) -> int:

@@ -87,7 +87,7 @@ async def draw(on: Stage, request: gr.Request, asked: Asked) -> AsyncGenerator[C
     """Cards, the first empty, the last finished or with an error. Closed early, it frees the device."""
     yield Card(asked)
     try:
-        key = await on.key(request)
+        key = await on.payer(request)
         async for card in _draw(on, key, asked):
             yield card
     except errors.ServiceError as error:
@@ -167,6 +167,15 @@ def _picture(event: schemas.CompletedEvent, wants: scenes.Prompt | None) -> Pict
     return Picture(_uri(event), event.seed, oracle.say(reading, wants), verdict.say(), verdict.correct)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class Turn:
+    """Something that is drawn for a visitor. about: what. over: set when it is to end; stopped: by the visitor."""
+
+    about: object
+    over: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    stopped: bool = False
+
+
 class Turns:
     """Of what one visitor asks for, the newest stands: what came before it ends, and does not come back over it.
 
@@ -174,29 +183,27 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._last: dict[str | None, tuple[object, asyncio.Event]] = {}
+        self._last: dict[str | None, Turn] = {}
 
-    def take(self, request: gr.Request, about: object) -> asyncio.Event:
-        """A turn that is over once the same visitor takes another. about: what it draws."""
+    def take(self, request: gr.Request, about: object) -> Turn:
+        """A turn that is over once the same visitor takes another."""
         self.end(request)
-        over = asyncio.Event()
-        self._last[request.session_hash] = about, over
-        return over
+        turn = self._last[request.session_hash] = Turn(about)
+        return turn
 
     def about(self, request: gr.Request) -> object:
         """What the visitor's last turn draws, or has drawn; None if there is none, or it was ended."""
-        return self._last.get(request.session_hash, (None,))[0]
+        turn = self._last.get(request.session_hash)
+        return None if turn is None else turn.about
 
-    def end(self, request: gr.Request) -> None:
+    def end(self, request: gr.Request, *, stopped: bool = False) -> None:
         """The visitor asks for nothing any more."""
-        _, over = self._last.pop(request.session_hash, (None, None))
-        if over is not None:
-            over.set()
+        if (turn := self._last.pop(request.session_hash, None)) is not None:
+            turn.stopped = stopped
+            turn.over.set()
 
 
-async def together(
-    drawings: Sequence[AsyncGenerator[Card]], over: asyncio.Event | None = None
-) -> AsyncGenerator[list[Card | None]]:
+async def together(drawings: Sequence[AsyncGenerator[Card]], turn: Turn) -> AsyncGenerator[list[Card | None]]:
     """The newest card of each drawing, whenever one has a new one, until all have ended or the turn is over.
 
     Closed early, it closes them all.
@@ -209,21 +216,19 @@ async def together(
             async for card in drawing:
                 changed.put_nowait((index, card))
         finally:
-            await drawing.aclose()
             changed.put_nowait((index, None))
 
-    async def watch(over: asyncio.Event) -> None:
-        await over.wait()
+    async def watch() -> None:
+        await turn.over.wait()
         changed.put_nowait((-1, None))
 
     tasks = [asyncio.create_task(follow(*each), name="playground") for each in enumerate(drawings)]
-    if over is not None:
-        tasks.append(asyncio.create_task(watch(over), name="playground"))
+    tasks.append(asyncio.create_task(watch(), name="playground"))
     try:
         running = len(drawings)
         while running:
             index, card = await changed.get()
-            if over is not None and over.is_set():
+            if turn.over.is_set():
                 return
             if card is None:
                 running -= 1

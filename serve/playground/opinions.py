@@ -8,7 +8,7 @@ import io
 import re
 import secrets
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 import PIL.Image
@@ -21,8 +21,8 @@ from serve.playground.drawing import Asked, Card
 from serve.playground.stage import AT_ONCE, Stage
 from serve.store import records
 
-Side = Literal["left", "right"]
 _CHOICES = {"left": "A is better", "neither": "No difference", "right": "B is better"}
+_UNCHANGED = [gr.skip()] * (4 + len(_CHOICES))
 _WRITES = 4
 _VOTER = re.compile("[0-9a-f]{32}")
 """What this page gave a browser to keep; anything else was put there by somebody."""
@@ -37,17 +37,17 @@ class Pair:
     id: str
     turbo: Card
     premium: Card
-    turbo_side: Side
+    turbo_side: records.Side
 
-    def on(self, side: Side) -> Card:
+    def on(self, side: records.Side) -> Card:
         return self.turbo if side == self.turbo_side else self.premium
 
 
 class Opinions:
     """The tab."""
 
-    def __init__(self, on: Stage) -> None:
-        self._on = on
+    def __init__(self, on: Stage, page: gr.Blocks) -> None:
+        self._on, self._turns = on, drawing.Turns()
         gr.Markdown(_ABOUT)
         with gr.Row(elem_classes="dkd-ask"):
             self._own = gr.Textbox(
@@ -63,9 +63,9 @@ class Opinions:
         self._pair = gr.State(None)
         # Who votes, as far as a browser knows: votes of one person hang together. The encryption hides nothing.
         self._voter = gr.BrowserState("", storage_key="diffusion-kd-voter", secret="diffusion-kd")
-        self._wire()
+        self._wire(page)
 
-    def _wire(self) -> None:
+    def _wire(self, page: gr.Blocks) -> None:
         buttons = list(self._buttons.values())
         gr.on(
             [self._next.click, self._own.submit],
@@ -83,25 +83,26 @@ class Opinions:
                 trigger_mode="once",
                 **(AT_ONCE | {"concurrency_limit": _WRITES, "concurrency_id": "votes"}),
             )
+        page.unload(self._leave)
 
     async def _show(self, own: str, request: gr.Request) -> AsyncGenerator[list[Any]]:
         """Draw a pair. Nothing is shown before both are there, lest the time tell which is which."""
         prompt = own.strip() or await asyncio.to_thread(_prompt, "shapes" if self._on.on_shapes else "general")
-        found: list[Card | None] = []
-        drawings = drawing.together([drawing.draw(self._on, request, asked) for asked in self._asked(prompt)])
-        try:
-            async for found in drawings:
-                done = sum(card.done for card in found if card is not None) / len(found)
-                yield [html.render("pair", pair=None, progress=done), None, *_buttons(False)]
-        finally:
-            await drawings.aclose()
+        turn, found = self._turns.take(request, prompt), list[Card | None]()
+        drawings = [drawing.draw(self._on, request, asked) for asked in self._asked(prompt)]
+        async for found in drawing.together(drawings, turn):
+            done = sum(card.done for card in found if card is not None) / len(found)
+            yield [html.render("pair", pair=None, progress=done), None, *_buttons(False)]
+        if turn.over.is_set():
+            return
         turbo, premium = found
         assert turbo is not None and premium is not None, "both have ended"
         if failed := turbo.error or premium.error:
             yield [html.notice(failed, "bad"), None, *_buttons(False)]
             return
-        side: Side = "left" if secrets.randbelow(2) else "right"
-        pair = Pair(secrets.token_hex(20), _anonymous(turbo), _anonymous(premium), side)
+        side: records.Side = "left" if secrets.randbelow(2) else "right"
+        turbo, premium = await asyncio.gather(*(asyncio.to_thread(_anonymous, card) for card in (turbo, premium)))
+        pair = Pair(secrets.token_hex(20), turbo, premium, side)
         yield [html.render("pair", pair=pair, choice=None), pair, *_buttons(True)]
 
     def _asked(self, prompt: str) -> list[Asked]:
@@ -114,15 +115,17 @@ class Opinions:
 
     async def _vote(self, choice: records.Choice, pair: Pair | None, voter: str, request: gr.Request) -> list[Any]:
         """Keep a vote and say which picture was whose."""
-        if pair is None:  # a second click, which came before the first one's answer
-            return [gr.skip()] * (4 + len(_CHOICES))
+        if pair is None:
+            return _UNCHANGED
         if not isinstance(voter, str) or not _VOTER.fullmatch(voter):
             voter = secrets.token_hex(16)
         try:
-            key = await self._on.key(request)
-            await asyncio.to_thread(self._on.service.store.record_vote, self._record(key, pair, choice, voter))
+            vote = self._record(await self._on.payer(request), pair, choice, voter)
+            kept = await asyncio.to_thread(self._on.service.store.record_vote, vote)
         except errors.DiffusionKDError as error:
             return [html.notice(stage.sentence(error), "bad"), pair, voter, gr.skip(), *_buttons(True)]
+        if not kept:  # a second click, before the first one's answer had come
+            return _UNCHANGED
         shown = html.render("pair", pair=pair, choice=choice)
         return [shown, None, voter, gr.update(value="Show another"), *_buttons(False)]
 
@@ -143,6 +146,9 @@ class Opinions:
             turbo_side=pair.turbo_side,
             choice=choice,
         )
+
+    async def _leave(self, request: gr.Request) -> None:
+        self._turns.end(request)
 
 
 def _buttons(interactive: bool) -> list[dict[str, Any]]:

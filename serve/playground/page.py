@@ -1,7 +1,12 @@
 """The whole page, and where it is mounted."""
 
+import urllib.parse
+
 import gradio as gr
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import diffusion_kd
 from serve.playground import compare, html, opinions, quality, runs, savings
@@ -24,7 +29,7 @@ def build(on: Stage) -> gr.Blocks:
             with gr.Tab("Compare", id="compare"):
                 compare.Compare(on, page)
             with gr.Tab("Opinions", id="opinions"):
-                opinions.Opinions(on)
+                opinions.Opinions(on, page)
             with gr.Tab("Quality", id="quality") as tab:
                 quality.Quality(on, tab)
             with gr.Tab("Savings", id="savings"):
@@ -34,8 +39,32 @@ def build(on: Stage) -> gr.Blocks:
     return page  # type: ignore[no-any-return]
 
 
-def mount(app: FastAPI, on: Stage, path: str, *, keys: bool) -> None:
-    """Put the page into an app, whose lifespan then starts and ends it too. keys: ask for an API key first."""
+class SameOrigin:
+    """Refuses what pages of other sites ask of this one: their visitor may be logged in here.
+
+    Gradio itself lets every origin in, with cookies, unless it runs on localhost. public: URL of the service.
+    """
+
+    def __init__(self, app: ASGIApp, path: str, public: str) -> None:
+        self._app, self._path, self._public = app, path, urllib.parse.urlsplit(public).netloc
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(self._path):
+            headers = Headers(scope=scope)
+            ours = {self._public, headers.get("host"), headers.get("x-forwarded-host")}
+            origin = headers.get("origin")
+            if origin is not None and urllib.parse.urlsplit(origin).netloc not in ours:
+                await PlainTextResponse("This page answers to its own site alone.", 403)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def mount(app: FastAPI, on: Stage, path: str, *, keys: bool, public: str) -> None:
+    """Put the page into an app, whose lifespan then starts and ends it too.
+
+    keys: ask for an API key first. public: URL under which clients reach the app.
+    """
+    app.add_middleware(SameOrigin, path=path, public=public)
     # Before the page, which has one of its own where it stands at the root.
     app.add_route("/favicon.ico", lambda _: Response(_ICON, media_type="image/svg+xml"), include_in_schema=False)
     gr.mount_gradio_app(

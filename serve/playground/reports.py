@@ -3,7 +3,6 @@
 import logging
 import pathlib
 from collections.abc import Iterator
-from typing import Any
 
 from diffusion_kd import artifact, errors
 from eval import compare, report
@@ -19,11 +18,18 @@ def find(runs: pathlib.Path, served: str) -> dict[str, pathlib.Path]:
     beside = artifact.resolve(served).parent / report.REPORT_NAME
     paths = dict.fromkeys([*_below(runs), *([beside] if beside.is_file() else [])])
     named: dict[str, pathlib.Path] = {}
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in sorted(paths, key=_written_s, reverse=True):
         name = _name(path, runs)
         if name is not None:
             named.setdefault(name, path)
     return named
+
+
+def _written_s(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has just gone
+        return 0.0
 
 
 def _below(runs: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -36,17 +42,16 @@ def _name(path: pathlib.Path, runs: pathlib.Path) -> str | None:
     try:
         content = compare.load(path)
         student, protocol = content["models"]["student"], content["protocol"]["id"]
-        where = path.parent.relative_to(runs) if path.is_relative_to(runs) else "shipped"
+        where = path.parent.relative_to(runs) if path.is_relative_to(runs) else _beside(path)
         return f"{where}: {_last(student['source'])} on {protocol}, {content['verdict']}"
     except (errors.DataError, KeyError, TypeError) as error:
         log.debug("%s is left out: %s", path, errors.first_line(error))
         return None
 
 
+def _beside(path: pathlib.Path) -> str:
+    return "shipped" if path.parent == artifact.SHIPPED["shapes-student"].parent else path.parent.name
+
+
 def _last(source: str) -> str:
     return source.rstrip("/").rsplit("/", 1)[-1]
-
-
-def load(path: pathlib.Path) -> dict[str, Any]:
-    """Raises DataError."""
-    return compare.load(path)

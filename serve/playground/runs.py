@@ -2,12 +2,15 @@
 
 import asyncio
 import base64
+import functools
+import io
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import pandas as pd
+import PIL.Image
 
 from diffusion_kd import errors
 from eval import health
@@ -26,7 +29,7 @@ _READING: dict[str, Any] = {
     "api_visibility": "private",
 }
 _NONE = "There is no training yet. Start one with: make demo (or python -m training.distill), and it appears here."
-_SHOWN_GRIDS = 12
+_GRID_PX = 1024
 
 
 class Runs:
@@ -41,10 +44,11 @@ class Runs:
         self._grids = gr.HTML("", elem_id="run-grids")
         self._config = gr.HTML("", elem_id="run-config")
         self._clock = gr.Timer(_EVERY_S, active=False)
-        shown = [self._said, self._curves, self._grids, self._config, self._clock]
+        self._seen = gr.State(None)
+        shown = [self._said, self._curves, self._grids, self._config, self._seen, self._clock]
         tab.select(self._open, self._menu, [self._menu, *shown], **_READING)
-        self._menu.input(self._show, self._menu, shown, **_READING)
-        self._clock.tick(self._show, self._menu, shown, **_READING)
+        self._menu.input(self._choose, self._menu, shown, **_READING)
+        self._clock.tick(self._follow, [self._menu, self._seen], shown, **_READING)
 
     def _draw_curves(self) -> None:
         @gr.render(inputs=self._curves, show_progress="hidden")  # type: ignore[untyped-decorator]
@@ -62,35 +66,52 @@ class Runs:
                         key=_name(curve),
                     )
 
-    async def _open(self, chosen: str | None) -> list[Any]:
+    async def _open(self, chosen: str | None, request: gr.Request) -> list[Any]:
+        if barred := await self._on.barred(request):
+            return [gr.skip(), *_said(barred)]
         found = await asyncio.to_thread(on_disk.find, self._on.runs)
         names = [run.name for run in found]
         chosen = chosen if chosen in names else next(iter(names), None)
-        return [gr.update(choices=[(_label(run), run.name) for run in found], value=chosen), *await self._show(chosen)]
+        menu = gr.update(choices=[(_label(run), run.name) for run in found], value=chosen)
+        return [menu, *await asyncio.to_thread(self._read, chosen, None)]
 
-    async def _show(self, name: str | None) -> list[Any]:
-        return await asyncio.to_thread(self._read, name)
+    async def _choose(self, name: str | None, request: gr.Request) -> list[Any]:
+        if barred := await self._on.barred(request):
+            return _said(barred)
+        return await asyncio.to_thread(self._read, name, None)
 
-    def _read(self, name: str | None) -> list[Any]:
+    async def _follow(self, name: str | None, seen: object, request: gr.Request) -> list[Any]:
+        if barred := await self._on.barred(request):
+            return _said(barred)
+        return await asyncio.to_thread(self._read, name, seen)
+
+    def _read(self, name: str | None, seen: object) -> list[Any]:
+        """seen: what of a run the visitor has; only what is new is sent."""
         run = next((run for run in on_disk.find(self._on.runs) if run.name == name), None)
         if run is None:
-            said = _NONE if name is None else f"The run {name!r} is gone; open this page anew."
-            return [html.notice(said), [], "", "", gr.update(active=False)]
+            return _said(_NONE if name is None else f"The run {name!r} is gone; open this page anew.")
         try:
             history = on_disk.read(run)
         except errors.DiffusionKDError as error:
-            return [html.notice(stage.sentence(error), "bad"), [], "", "", gr.update(active=False)]
+            return _said(stage.sentence(error))
+        clock, news = gr.update(active=run.active), (run.name, [len(curve) for curve in history.curves], history.grids)
+        if news == seen:
+            return [_health(history), gr.skip(), gr.skip(), gr.skip(), news, clock]
+        curves = [curve for curve in history.curves if not curve.tag.endswith("_skipped") or any(curve.values)]
+        grids = html.render("grids", grids=_grids(history.grids))
         return [
             _health(history),
-            [
-                on_disk.thin(curve)
-                for curve in history.curves
-                if not curve.tag.endswith("_skipped") or any(curve.values)
-            ],
-            html.render("grids", grids=_grids(history.grids)),
+            [on_disk.thin(curve) for curve in curves],
+            grids,
             html.render("config", config=run.config),
-            gr.update(active=run.active),
+            news,
+            clock,
         ]
+
+
+def _said(sentence: str) -> list[Any]:
+    """A sentence instead of a run."""
+    return [html.notice(sentence), [], "", "", None, gr.update(active=False)]
 
 
 def _label(run: on_disk.Run) -> str:
@@ -128,12 +149,24 @@ def _ago(seconds: float) -> str:
 
 
 def _grids(grids: Sequence[on_disk.Grid]) -> list[tuple[int, str]]:
-    """Some, evenly over the run, the last one first, each as a data URI; those whose file is gone are left out."""
-    step = max(1, -(-len(grids) // _SHOWN_GRIDS))
+    """The last one first, each as a data URI; those whose file is gone are left out."""
     shown = []
-    for grid in grids[::-1][::step]:
+    for grid in reversed(grids):
         try:
-            shown.append((grid.images_seen, f"data:image/png;base64,{base64.b64encode(grid.png).decode()}"))
+            shown.append((grid.images_seen, _uri(grid)))
         except errors.DataError:
             continue
     return shown
+
+
+@functools.lru_cache(maxsize=256)
+def _uri(grid: on_disk.Grid) -> str:
+    """A grid of small pictures as it is, one of large ones made smaller: eight of 1024 px weigh sixteen megabytes."""
+    png = grid.png
+    with PIL.Image.open(io.BytesIO(png)) as picture:
+        if picture.width <= _GRID_PX:
+            return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        small, stream = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((_GRID_PX, small.height))
+    small.save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

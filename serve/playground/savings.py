@@ -13,6 +13,17 @@ from serve.playground import html, stage
 from serve.playground.stage import Stage
 
 _KINDS = {economics.Outcome.DISTIL: "good", economics.Outcome.PILOT_FIRST: "doubtful", economics.Outcome.DO_NOT: "bad"}
+_LABELS = {
+    "monthly_images": "Images a month",
+    "premium_usd": "A premium image, $",
+    "turbo_usd": "A turbo image, $",
+    "turbo_share": "Traffic on turbo, %",
+    "project_usd": "The project, $",
+    "upkeep_usd": "Upkeep a month, $",
+    "fallback_share": "Made again by premium, %",
+    "premium_utilisation": "Premium's devices work, %",
+    "turbo_utilisation": "Turbo's devices work, %",
+}
 _EXAMPLES = {
     "high-volume": "50 million a month",
     "in-between": "8 million a month",
@@ -61,29 +72,9 @@ class Savings:
         self._wire()
 
     def _fields(self, case: economics.Case) -> dict[str, Any]:
-        def number(name: str, label: str) -> gr.Number:
-            return gr.Number(getattr(case, name), label=label, info=_sentence(economics.FIELDS[name]))
-
-        def share(name: str, label: str) -> gr.Slider:
-            least = 1 if name.endswith("utilisation") else 0
-            shown, about = 100 * getattr(case, name), _sentence(economics.FIELDS[name].replace(", 0 to 1", ""))
-            return gr.Slider(least, 100, shown, step=1, label=f"{label}, %", info=about)
-
-        fields: dict[str, Any] = {
-            "monthly_images": number("monthly_images", "Images a month"),
-            "premium_usd": number("premium_usd", "A premium image, $"),
-            "turbo_usd": number("turbo_usd", "A turbo image, $"),
-            "turbo_share": share("turbo_share", "Traffic on turbo"),
-            "project_usd": number("project_usd", "The project, $"),
-            "upkeep_usd": number("upkeep_usd", "Upkeep a month, $"),
-        }
+        fields = {name: _field(name, case) for name in list(_LABELS)[:6]}
         with gr.Accordion("What may go wrong", open=False):
-            fields |= {
-                "fallback_share": share("fallback_share", "Made again by premium"),
-                "premium_utilisation": share("premium_utilisation", "Premium's devices work"),
-                "turbo_utilisation": share("turbo_utilisation", "Turbo's devices work"),
-            }
-        return fields
+            return fields | {name: _field(name, case) for name in list(_LABELS)[6:]}
 
     def _wire(self) -> None:
         fields = list(self._inputs.values())
@@ -95,7 +86,7 @@ class Savings:
 
     def _sum(self, *given: float | None) -> list[Any]:
         try:
-            case = _case(dict(zip(self._inputs, given, strict=True)))
+            case = _case(dict(zip(_LABELS, given, strict=True)))
         except errors.ConfigError as error:
             return [html.notice(stage.sentence(error), "bad"), "", gr.update(visible=False), ""]
         return [_verdict(case), _numbers(case), gr.update(value=_curve(case), visible=True), _tables(case)]
@@ -103,17 +94,20 @@ class Savings:
     def _take(self, sample: list[str]) -> list[Any]:
         """A worked case instead of what was typed."""
         case = economics.EXAMPLES[sample[0]]
-        return [*(_typed(name, getattr(case, name)) for name in self._inputs), ""]
+        return [*(_typed(name, getattr(case, name)) for name in _LABELS), ""]
 
     def _measured(self) -> list[Any]:
         """What an image of each tier cost in this service, at its defaults."""
-        return [*map(self._image_usd, ("premium", "turbo")), html.notice(_MEASURED)]
+        prices = (costs.to_usd(self._on.service.image_nanousd(tier)) for tier in ("premium", "turbo"))
+        return [*prices, html.notice(_MEASURED)]
 
-    def _image_usd(self, name: str) -> float:
-        service, tier = self._on.service, self._on.service.catalogue.tiers[name]
-        guided = tier.default_guidance_scale > 1
-        image_s = service.engine.predicted_device_s(name, tier.default_steps, guided=guided)
-        return costs.to_usd(service.price.nanousd(image_s))
+
+def _field(name: str, case: economics.Case) -> gr.Number | gr.Slider:
+    shown, about = _typed(name, getattr(case, name)), economics.FIELDS[name].replace(", 0 to 1", "")
+    about = f"{about[0].upper()}{about[1:]}."
+    if _is_share(name):
+        return gr.Slider(1 if name.endswith("utilisation") else 0, 100, shown, step=1, label=_LABELS[name], info=about)
+    return gr.Number(shown, label=_LABELS[name], info=about)
 
 
 def _is_share(name: str) -> bool:
@@ -125,16 +119,15 @@ def _typed(name: str, value: float) -> float:
 
 
 def _case(given: Mapping[str, float | None]) -> economics.Case:
-    """Raises ConfigError for what is missing or out of range."""
-    for name, value in given.items():
-        errors.require(value is not None, name, "empty", economics.FIELDS[name])
-    return economics.Case(
-        **{name: value / 100 if _is_share(name) else value for name, value in given.items() if value is not None}
-    )
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    """Raises ConfigError for what is missing or out of range, by the label that people see."""
+    if empty := [label for name, label in _LABELS.items() if given[name] is None]:
+        raise errors.ConfigError(f"“{empty[0]}” is empty; give a number")
+    numbers = {name: value / 100 if _is_share(name) else value for name, value in given.items() if value is not None}
+    try:
+        return economics.Case(**numbers)
+    except errors.ConfigError as error:
+        wrong = next(name for name in _LABELS if str(error).startswith(name))
+        raise errors.ConfigError(str(error).replace(wrong, f"“{_LABELS[wrong]}”", 1)) from None
 
 
 def _verdict(case: economics.Case) -> str:

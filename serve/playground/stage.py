@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from diffusion_kd import errors as library_errors
-from diffusion_kd.shapes import model as shapes
 from serve import errors
 from serve.service import Service
 from serve.store import records
@@ -32,13 +31,13 @@ class Stage:
 
     @property
     def on_shapes(self) -> bool:
-        """Whether the pictures are of the size that the oracle of the embedded domain reads."""
-        return self.service.catalogue.tiers["premium"].sizes[0] == (shapes.IMAGE_SIZE_PX, shapes.IMAGE_SIZE_PX)
+        """Whether the pictures are of the embedded domain, which the oracle reads."""
+        return self.service.engine.models["premium"].source == "shapes-teacher"
 
-    async def key(self, request: gr.Request) -> records.Key:
-        """Whose account pays: that of the key that somebody logged in with, or everybody's where none are asked for.
+    async def visitor(self, request: gr.Request) -> records.Key:
+        """The key that somebody logged in with, or everybody's where none are asked for.
 
-        Raises Unauthorized for a key that was revoked since, Forbidden for one that may not make images.
+        Raises Unauthorized for one that was revoked since.
         """
         service = self.service
         if service.settings.auth == "none":
@@ -46,9 +45,22 @@ class Stage:
         key = await asyncio.to_thread(service.store.get_key, request.username or "")
         if key is None or key.revoked_at is not None:
             raise errors.Unauthorized("your API key was revoked; reload the page and log in with another")
+        return key
+
+    async def payer(self, request: gr.Request) -> records.Key:
+        """The visitor's key, for what costs. Raises as `visitor`, and Forbidden for a key that may not make images."""
+        key = await self.visitor(request)
         if "generate" not in key.scopes:
             raise errors.Forbidden("your API key lacks the scope 'generate', which drawing needs")
         return key
+
+    async def barred(self, request: gr.Request) -> str | None:
+        """Why the visitor may look at nothing any more, in a sentence; None who may."""
+        try:
+            await self.visitor(request)
+        except errors.ServiceError as error:
+            return sentence(error)
+        return None
 
     async def may_enter(self, key_id: str, secret: str) -> bool:
         """Whether the secret is that of the key with this id."""

@@ -30,7 +30,7 @@ def _chromium(of_playwright: str) -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it runs, its event loop is this thread's, and other tests need their own
 def chromium() -> Iterator[Any]:
     with sync_api.sync_playwright() as started:
         path = _chromium(started.chromium.executable_path)
@@ -49,7 +49,7 @@ def chromium() -> Iterator[Any]:
 def no_network() -> Iterator[list[str]]:
     """Refuses this process every connection to other machines, and tells which were tried."""
     tried: list[str] = []
-    connect = socket.socket.connect
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def guarded(self: socket.socket, address: Any) -> None:
         if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in _LOCAL:
@@ -57,8 +57,15 @@ def no_network() -> Iterator[list[str]]:
             raise OSError("the network is cut off")
         connect(self, address)
 
+    def guarded_look_up(host: Any, *given: Any, **named: Any) -> Any:
+        if host is not None and host not in _LOCAL:
+            tried.append(str(host))
+            raise socket.gaierror("the network is cut off")
+        return look_up(host, *given, **named)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", guarded)
+        patch.setattr(socket, "getaddrinfo", guarded_look_up)
         yield tried
 
 

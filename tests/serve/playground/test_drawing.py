@@ -26,7 +26,8 @@ async def drawn(tier: str, cards: int, log: list[str]) -> AsyncGenerator[Card]:
 def test_both_come_as_they_are_ready_and_are_closed_at_the_end() -> None:
     async def run() -> tuple[list[list[Card | None]], list[str]]:
         log: list[str] = []
-        return [each async for each in drawing.together([drawn("turbo", 1, log), drawn("premium", 3, log)])], log
+        both = drawing.together([drawn("turbo", 1, log), drawn("premium", 3, log)], drawing.Turn("both"))
+        return [each async for each in both], log
 
     found, closed = asyncio.run(run())
     assert len(found) == 4 and closed == ["turbo", "premium"]
@@ -36,12 +37,12 @@ def test_both_come_as_they_are_ready_and_are_closed_at_the_end() -> None:
 def test_a_turn_that_is_over_ends_what_it_draws() -> None:
     async def run() -> tuple[int, list[str]]:
         turns, log, seen = drawing.Turns(), list[str](), 0
-        over = turns.take(visitor("a"), "first")
-        async for _ in drawing.together([drawn("premium", 1000, log)], over):
+        turn = turns.take(visitor("a"), "first")
+        async for _ in drawing.together([drawn("premium", 1000, log)], turn):
             seen += 1
             if seen == 3:
                 turns.take(visitor("b"), "somebody else's")
-                assert not over.is_set()
+                assert not turn.over.is_set()
                 turns.take(visitor("a"), "second")
         return seen, log
 
@@ -51,7 +52,7 @@ def test_a_turn_that_is_over_ends_what_it_draws() -> None:
 def test_closing_early_closes_what_is_drawn() -> None:
     async def run() -> list[str]:
         log: list[str] = []
-        both = drawing.together([drawn("turbo", 1000, log), drawn("premium", 1000, log)])
+        both = drawing.together([drawn("turbo", 1000, log), drawn("premium", 1000, log)], drawing.Turn("both"))
         await anext(both)
         await both.aclose()
         return log
@@ -61,10 +62,10 @@ def test_closing_early_closes_what_is_drawn() -> None:
 
 def test_who_has_left_is_forgotten() -> None:
     turns = drawing.Turns()
-    over = turns.take(visitor("a"), "first")
+    turn = turns.take(visitor("a"), "first")
     assert turns.about(visitor("a")) == "first" and turns.about(visitor("b")) is None
-    turns.end(visitor("a"))
-    assert over.is_set() and turns.about(visitor("a")) is None and turns._last == {}
+    turns.end(visitor("a"), stopped=True)
+    assert turn.over.is_set() and turn.stopped and turns.about(visitor("a")) is None and turns._last == {}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The Quality tab in a real browser, on the report that is shipped with the student."""
 
 import json
+import pathlib
 import re
 import shutil
 from typing import Any
@@ -10,7 +11,7 @@ from playwright.sync_api import Page, expect
 
 from diffusion_kd import artifact
 from eval import cases
-from serve.playground import reports
+from serve.playground import quality, reports
 from tests.serve.live import Live
 from tests.serve.playground.conftest import PHONE
 from tests.serve.playground.test_opinions import show, vote
@@ -72,12 +73,36 @@ def test_a_damaged_report_is_told_in_a_sentence(visit: Any) -> None:
     expect(page.locator("#evaluation [role=alert]")).to_contain_text("This report is damaged: 'slices'")
 
 
+@pytest.mark.parametrize("broken", ["edge_cases", "complete", "verdict", "latency_s", "rows"])
+def test_whatever_is_damaged_is_a_sentence(broken: str, tmp_path: pathlib.Path) -> None:
+    report = json.loads((SHIPPED / "report.json").read_text())
+    if broken == "edge_cases":
+        del report["protocol"]["edge_cases"]
+    elif broken == "latency_s":
+        report["rows"][1]["speed"]["latency_s"] = 0
+    elif broken == "verdict":
+        report["verdict"] = "MAYBE"
+    else:
+        report.update({"rows": []} if broken == "rows" else {"complete": None})
+        report.pop("complete" if broken == "complete" else "", None)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    shown = quality._readable(quality._evaluation, ["it"], {"it": tmp_path / "report.json"})
+    assert "This report is damaged: " in shown and 'role="alert"' in shown
+
+
+def test_cases_of_another_evaluation_are_not_shown(visit: Any) -> None:
+    page = visit(tab="Quality")
+    choose(page, "Evaluation", "mine")
+    expect(page.locator("#evaluation")).to_contain_text("The cases beside this report are of another evaluation")
+    expect(page.locator("#evaluation .dkd-case")).to_have_count(0)
+
+
 def test_votes_are_counted_here(visit: Any) -> None:
     page = visit(tab="Opinions")
     show(page)
     vote(page, "No difference")
     page.get_by_role("tab", name="Quality").click()
-    expect(page.locator("#people")).to_contain_text(re.compile(r"\d+ % for turbo\. Turbo was preferred in .* \(95 %: "))
+    expect(page.locator("#people")).to_contain_text(re.compile(r"Turbo was preferred in .* \(95 %: "))
 
 
 def test_on_a_phone_nothing_sticks_out(visit: Any, picture: Any) -> None:
