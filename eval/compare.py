@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffusion_kd import errors
-from eval import fingerprint, report, run
+from eval import command, fingerprint, report
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _alone(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, set[str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = run.Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
+    parser = command.Parser(prog="python -m eval.compare", description=__doc__.splitlines()[0])
     parser.add_argument("old", type=pathlib.Path, help="a report.json or its folder")
     parser.add_argument("new", type=pathlib.Path)
     given = parser.parse_args(arguments)
@@ -85,10 +85,10 @@ def main(arguments: list[str] | None = None) -> int:
         found = list(lines(load(given.old), load(given.new)))
     except (KeyError, TypeError, ValueError) as error:
         sys.stderr.write(f"error: a report is damaged: {type(error).__name__} {error}\n")
-        return run.EXIT_ERROR
+        return command.EXIT_ERROR
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
-        return run.EXIT_ERROR
+        return command.EXIT_ERROR
     for model, steps, name, *numbers in [("model", "steps", "metric", "old", "new", "difference"), *found]:
         sys.stdout.write(
             f"{model:18}{steps:>5}  {name:44}{''.join(f'{number:>12}' for number in numbers)}".rstrip() + "\n"

@@ -13,17 +13,14 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_kd import errors
-from eval import run
+from eval import command
 
 SOON_MONTHS, HORIZON_MONTHS = 12, 36
 """A payback within the first needs no trial; one beyond the second is none."""
-
-WORSE_BUSY, WORSE_FALLBACK = 0.5, 0.2
-"""The worse case: turbo's utilisation times the first, and the second added to its fallback share."""
 
 UTILISATIONS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 FALLBACK_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -32,50 +29,6 @@ FALLBACK_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
 _LEAST_UTILISATION, _MOST_IMAGES = 1e-4, 1e12
 _TOLERANCE = 1e-9
 """Relative: the volume that pays back within a year must not miss it for the last bits of a float."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What is known before money is spent. All money in US dollars.
-
-    monthly_images: images asked for in a month, from 1 to 1e12, by whichever tier they will be made.
-    premium_usd, turbo_usd: price of an image, at least 0. project_usd: once, for data, training, evaluation, people.
-    upkeep_usd: a month, for what turbo needs beyond its images: monitoring, further distillation, on-call.
-    turbo_share: share of the requests that turbo is asked first, in [0, 1].
-    fallback_share: share of turbo's requests that premium makes again, which cost both, in [0, 1].
-    premium_utilisation, turbo_utilisation: share of the paid time in which a tier's devices work, in [0.0001, 1]. A
-    price for a busy device is divided by it; 1 for a price that has idle time in it.
-    Raises ConfigError for anything else, NaN and infinity included.
-    """
-
-    monthly_images: float
-    premium_usd: float
-    turbo_usd: float
-    project_usd: float
-    upkeep_usd: float
-    turbo_share: float = 1.0
-    fallback_share: float = 0.0
-    premium_utilisation: float = 1.0
-    turbo_utilisation: float = 1.0
-
-    def __post_init__(self) -> None:
-        fits = _between(self.monthly_images, 1, _MOST_IMAGES)
-        errors.require(fits, "monthly_images", self.monthly_images, f"a number from 1 to {_MOST_IMAGES:g}")
-        for name, most in (("premium_usd", 1e6), ("turbo_usd", 1e6), ("project_usd", 1e12), ("upkeep_usd", 1e12)):
-            given = getattr(self, name)
-            errors.require(_between(given, 0, most), name, given, f"US dollars from 0 to {most:g}")
-        for name in ("turbo_share", "fallback_share"):
-            given = getattr(self, name)
-            errors.require(_between(given, 0, 1), name, given, "a share from 0 to 1")
-        for name in ("premium_utilisation", "turbo_utilisation"):
-            given = getattr(self, name)
-            fits = _between(given, _LEAST_UTILISATION, 1)
-            errors.require(fits, name, given, f"a share of the time from {_LEAST_UTILISATION} to 1")
-
-
-def _between(given: object, least: float, most: float) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and least <= given <= most
-
 
 FIELDS: Mapping[str, str] = {
     "monthly_images": "images asked for in a month, by whichever tier they will be made",
@@ -90,16 +43,46 @@ FIELDS: Mapping[str, str] = {
 }
 """What each input of a case means, for whoever asks for it."""
 
+_RANGES: Mapping[str, tuple[str, float, float]] = {
+    "images": ("a number", 1, _MOST_IMAGES),
+    "usd": ("US dollars", 0, 1e12),
+    "share": ("a share", 0, 1),
+    "utilisation": ("a share of the time", _LEAST_UTILISATION, 1),
+}
+"""Kind, least and most of an input, by the last word of its name."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What is known before money is spent; `FIELDS` says what each value means.
+
+    Images lie in [1, 1e12], money in [0, 1e12], shares in [0, 1], utilisations in [0.0001, 1].
+    Raises ConfigError for anything else, NaN and infinity included.
+    """
+
+    monthly_images: float
+    premium_usd: float
+    turbo_usd: float
+    project_usd: float
+    upkeep_usd: float
+    turbo_share: float = 1.0
+    fallback_share: float = 0.0
+    premium_utilisation: float = 1.0
+    turbo_utilisation: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in FIELDS:
+            given, (kind, least, most) = getattr(self, name), _RANGES[name.rsplit("_", 1)[-1]]
+            fits = type(given) in (int, float) and least <= given <= most
+            errors.require(fits, name, given, f"{kind} from {least:g} to {most:g}")
+
+
+_DEFAULTS = {each.name: each.default for each in dataclasses.fields(Case) if each.default is not dataclasses.MISSING}
+
 EXAMPLES: Mapping[str, Case] = {
-    "too-little-volume": Case(
-        monthly_images=200_000, premium_usd=0.0105, turbo_usd=0.0005, project_usd=300_000, upkeep_usd=0
-    ),
-    "high-volume": Case(
-        monthly_images=50_000_000, premium_usd=0.011, turbo_usd=0.0009, project_usd=600_000, upkeep_usd=13_000
-    ),
-    "in-between": Case(
-        monthly_images=8_000_000, premium_usd=0.012, turbo_usd=0.0008, project_usd=600_000, upkeep_usd=20_000
-    ),
+    "too-little-volume": Case(monthly_images=2e5, premium_usd=0.0105, turbo_usd=0.0005, project_usd=3e5, upkeep_usd=0),
+    "high-volume": Case(monthly_images=50e6, premium_usd=0.011, turbo_usd=0.0009, project_usd=6e5, upkeep_usd=13e3),
+    "in-between": Case(monthly_images=8e6, premium_usd=0.012, turbo_usd=0.0008, project_usd=6e5, upkeep_usd=20e3),
 }
 
 
@@ -107,19 +90,6 @@ class Outcome(enum.StrEnum):
     DISTIL = "distil"
     PILOT_FIRST = "pilot first"
     DO_NOT = "do not"
-
-
-class Factor(enum.StrEnum):
-    """What a verdict hangs on most."""
-
-    VOLUME = "volume"
-    UPKEEP = "upkeep"
-    PRICE_GAP = "price gap"
-    FALLBACK = "fallback"
-    UTILISATION = "utilisation"
-
-
-# --- money and time ---------------------------------------------------------------------------------
 
 
 def image_usd(case: Case) -> tuple[float, float]:
@@ -146,17 +116,13 @@ def payback_months(case: Case) -> float:
 
 def break_even_images(case: Case) -> float:
     """Images a month from which a month saves anything; infinite where no volume does, 0 where every volume does."""
-    return _images_to_save(case, case.upkeep_usd)
+    return payback_images(case, math.inf)
 
 
 def payback_images(case: Case, months: float = HORIZON_MONTHS) -> float:
     """Images a month from which the project is paid back within that many months; infinite where no volume does it."""
-    return _images_to_save(case, case.upkeep_usd + case.project_usd / months)
-
-
-def _images_to_save(case: Case, usd: float) -> float:
     saved_usd = case.turbo_share * saved_per_image_usd(case)
-    return usd / saved_usd if saved_usd > 0 else math.inf
+    return (case.upkeep_usd + case.project_usd / months) / saved_usd if saved_usd > 0 else math.inf
 
 
 def curve(case: Case, months: int = HORIZON_MONTHS) -> tuple[float, ...]:
@@ -165,175 +131,59 @@ def curve(case: Case, months: int = HORIZON_MONTHS) -> tuple[float, ...]:
     return tuple(month * saving_usd - case.project_usd for month in range(months + 1))
 
 
-# --- verdict ----------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """because: plain sentences on the payback, what decides, and what would change the outcome."""
+    """because: plain sentences on the payback, now and in the worse case, and the volumes that it would take."""
 
     outcome: Outcome
-    decided_by: Factor
     because: str
 
 
 def worse(case: Case) -> Case:
     """The case that a project must bear to need no trial: idle devices and more pictures that premium makes again."""
-    return _idler(_refused_more(case))
+    return dataclasses.replace(
+        case,
+        turbo_utilisation=max(case.turbo_utilisation / 2, _LEAST_UTILISATION),
+        fallback_share=min(case.fallback_share + 0.2, 1.0),
+    )
 
 
-def _idler(case: Case) -> Case:
-    return dataclasses.replace(case, turbo_utilisation=max(case.turbo_utilisation * WORSE_BUSY, _LEAST_UTILISATION))
-
-
-def _refused_more(case: Case) -> Case:
-    return dataclasses.replace(case, fallback_share=min(case.fallback_share + WORSE_FALLBACK, 1.0))
-
-
-def _within(case: Case, months: float) -> bool:
-    return payback_months(case) <= months * (1 + _TOLERANCE)
+_WORSE = "turbo's devices are half as busy and premium makes another 20 % of its requests again"
 
 
 def outcome(case: Case) -> Outcome:
     """DISTIL where the payback takes 12 months at most, in the worse case too; DO_NOT where it takes more than 36."""
-    if not _within(case, HORIZON_MONTHS):
+    if payback_months(case) > HORIZON_MONTHS * (1 + _TOLERANCE):
         return Outcome.DO_NOT
-    return Outcome.DISTIL if _within(worse(case), SOON_MONTHS) else Outcome.PILOT_FIRST
+    sure = payback_months(worse(case)) <= SOON_MONTHS * (1 + _TOLERANCE)
+    return Outcome.DISTIL if sure else Outcome.PILOT_FIRST
 
 
 def verdict(case: Case) -> Verdict:
     """`outcome`, with its reason in words."""
-    found = outcome(case)
-    if found is Outcome.DISTIL:
-        factor, because = _why_distil(case)
-    elif found is Outcome.DO_NOT:
-        factor, because = _why_not(case)
-    elif _within(case, SOON_MONTHS):
-        factor, because = _why_pilot_fragile(case)
-    else:
-        factor, because = _why_pilot_slow(case)
-    return Verdict(found, factor, because)
+    return Verdict(outcome(case), _because(case))
 
 
-def _why_distil(case: Case) -> tuple[Factor, str]:
-    worst = worse(case)
-    lead = f"The project is paid back {_paid(case)}, and {_paid(worst)} if {_IN_THE_WORSE_CASE}."
-    least_images = payback_images(worst, SOON_MONTHS)
-    if least_images == 0:
-        return Factor.PRICE_GAP, f"{lead} {_decides(Factor.PRICE_GAP)} This holds at any volume."
-    return (
-        Factor.VOLUME,
-        f"{lead} {_decides(Factor.VOLUME)} Below {images(least_images)} images a month a pilot should come first.",
-    )
+def _because(case: Case) -> str:
+    if math.isinf(payback_images(case)):
+        return f"The project is paid back at no volume, as {_why_at_no_volume(case)}."
+    soon, horizon, volume = duration(SOON_MONTHS), duration(HORIZON_MONTHS), _volume(payback_images(case))
+    if math.isinf(payback_months(case)):
+        return f"At this volume the project is never paid back; {volume} it would be within {horizon}."
+    paid, worst_paid = _paid(case), _paid(worse(case))
+    bad = f"even if {_WORSE}" if paid == worst_paid else f"or {worst_paid} if {_WORSE}"
+    enough = f"{volume} it is paid back within {horizon}".capitalize()
+    sure = f"{_volume(payback_images(worse(case), SOON_MONTHS))} within {soon} in the worse case too"
+    return f"The project is paid back {paid}, {bad}. {enough}, and {sure}."
 
 
-def _why_pilot_fragile(case: Case) -> tuple[Factor, str]:
-    worst = worse(case)
-    by_fallback = monthly_saving_usd(_refused_more(case)) <= monthly_saving_usd(_idler(case))
-    factor = Factor.FALLBACK if by_fallback else Factor.UTILISATION
-    lead = f"The project is paid back {_paid(case)}, but {_paid(worst)} if {_IN_THE_WORSE_CASE}."
-    least_images = payback_images(worst, SOON_MONTHS)
-    rest = (
-        "No volume makes up for that."
-        if least_images > _MOST_IMAGES
-        else f"From {images(least_images)} images a month it would take {duration(SOON_MONTHS)} at most even then."
-    )
-    return factor, f"{lead} {_decides(factor)[:-1]}, which a pilot measures. {rest}"
-
-
-def _why_pilot_slow(case: Case) -> tuple[Factor, str]:
-    factor = _deciding(case, SOON_MONTHS)
-    lead = f"The project is paid back {_paid(case)}, and only {duration(SOON_MONTHS)} or less would need no trial."
-    least_images = payback_images(worse(case), SOON_MONTHS)
-    sure = (
-        f" From {images(least_images)} images a month no trial would be needed." if least_images <= _MOST_IMAGES else ""
-    )
-    return factor, f"{lead} {_decides(factor)} {_ways(case, SOON_MONTHS)}{sure}"
-
-
-def _why_not(case: Case) -> tuple[Factor, str]:
-    factor = _deciding(case, HORIZON_MONTHS)
-    return factor, f"{_lack(case)} {_decides(factor)} {_ways(case, HORIZON_MONTHS)}".rstrip()
-
-
-def _lack(case: Case) -> str:
-    """Why the project is not paid back in time."""
+def _why_at_no_volume(case: Case) -> str:
     premium_usd, turbo_usd = image_usd(case)
-    saving_usd = monthly_saving_usd(case)
-    if case.turbo_share == 0:
-        return "No request goes to turbo, and so nothing is saved."
     if turbo_usd >= premium_usd:
-        costs = f"A turbo image costs {money(turbo_usd)} and a premium image {money(premium_usd)}"
-        return f"{costs}, so nothing is saved at any volume."
+        return f"a turbo image ({money(turbo_usd)}) costs no less than a premium one ({money(premium_usd)})"
     if saved_per_image_usd(case) <= 0:
-        again = percent(case.fallback_share)
-        return f"Turbo saves nothing at any volume, for premium makes {again} of its requests again."
-    if saving_usd <= 0:
-        upkeep = money(case.upkeep_usd, digits=_EXACT)
-        saved = money(saving_usd + case.upkeep_usd)
-        return f"The upkeep of {upkeep} a month is no less than the {saved} a month that turbo saves."
-    project, limit = money(case.project_usd, digits=_EXACT), duration(HORIZON_MONTHS)
-    return (
-        f"At {money(saving_usd)} saved a month the project's {project} come back {_paid(case)}; the limit is {limit}."
-    )
-
-
-def _deciding(case: Case, months: int) -> Factor:
-    """The one thing that keeps a project from being paid back in that many months, or else the volume."""
-    premium_usd, turbo_usd = image_usd(case)
-    if case.turbo_share == 0:
-        return Factor.VOLUME
-    if turbo_usd >= premium_usd:
-        return Factor.UTILISATION if case.turbo_usd < premium_usd else Factor.PRICE_GAP
-    better = {
-        Factor.FALLBACK: dataclasses.replace(case, fallback_share=0.0),
-        Factor.UTILISATION: dataclasses.replace(case, turbo_utilisation=1.0),
-        Factor.UPKEEP: dataclasses.replace(case, upkeep_usd=0.0),
-    }
-    if turbo_usd > premium_usd / 2:
-        better[Factor.PRICE_GAP] = dataclasses.replace(case, turbo_usd=0.0)
-    enough = [factor for factor, changed in better.items() if _within(changed, months)]
-    if enough:
-        return enough[0]
-    return Factor.VOLUME if saved_per_image_usd(case) > 0 else Factor.FALLBACK
-
-
-def _ways(case: Case, months: int) -> str:
-    """The single changes each of which would pay the project back in that many months, as a sentence or nothing."""
-    if case.turbo_share == 0:
-        return ""
-    found = list(_changes(case, months))
-    if not found:
-        return f"No single change pays it back within {duration(months)}."
-    return f"It would be paid back within {duration(months)} {', or '.join(found)}."
-
-
-def _changes(case: Case, months: int) -> Iterator[str]:
-    premium_usd, turbo_usd = image_usd(case)
-    needed_usd = (case.upkeep_usd + case.project_usd / months) / (case.monthly_images * case.turbo_share)
-    least_images = payback_images(case, months)
-    if least_images <= _MOST_IMAGES:
-        yield f"from {images(least_images)} images a month"
-    if case.fallback_share > 0 and premium_usd > turbo_usd + needed_usd:
-        most_share = 1 - (turbo_usd + needed_usd) / premium_usd
-        yield f"if at most {percent(most_share, decimal.ROUND_FLOOR)} of turbo's requests fell back"
-    room_usd = premium_usd * (1 - case.fallback_share) - needed_usd  # what a turbo image may cost
-    if case.turbo_utilisation < 1 and room_usd >= case.turbo_usd > 0:
-        least_share = percent(case.turbo_usd / room_usd, decimal.ROUND_CEILING)
-        yield f"if turbo's devices worked at least {least_share} of the time"
-    most_upkeep_usd = monthly_saving_usd(case) + case.upkeep_usd - case.project_usd / months
-    if case.upkeep_usd > 0 and most_upkeep_usd >= 0:
-        yield f"with an upkeep of at most {money(most_upkeep_usd, decimal.ROUND_FLOOR)} a month"
-    if room_usd > 0 and (least_images > _MOST_IMAGES or turbo_usd > premium_usd / 2):
-        most_usd = money(room_usd * case.turbo_utilisation, decimal.ROUND_FLOOR)
-        yield f"with a turbo image at {most_usd} or less"
-
-
-_IN_THE_WORSE_CASE = "turbo's devices are half as busy and premium makes a fifth more of its requests again"
-
-
-def _decides(factor: Factor) -> str:
-    return f"What decides is the {factor}."
+        return f"premium makes {percent(case.fallback_share)} of turbo's requests again, at the cost of both"
+    return "no request goes to turbo"
 
 
 def _paid(case: Case) -> str:
@@ -341,7 +191,10 @@ def _paid(case: Case) -> str:
     return duration(months) if months == 0 or math.isinf(months) else f"in {duration(months)}"
 
 
-# --- sensitivity ------------------------------------------------------------------------------------
+def _volume(count: float) -> str:
+    if count == 0 or count > _MOST_IMAGES:
+        return "at no volume" if count else "at any volume"
+    return f"from {images(count)} images a month"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -369,68 +222,47 @@ def sensitivity(case: Case) -> Sensitivity:
     The values are absolute. Of a price with idle time in it, 1 is as busy as the devices were when it was set.
     """
     return Sensitivity(
-        turbo_utilisation=_rows(
-            case,
-            sorted({*UTILISATIONS, case.turbo_utilisation}, reverse=True),
-            case.turbo_utilisation,
-            lambda value: dataclasses.replace(case, turbo_utilisation=value),
-        ),
-        fallback_share=_rows(
-            case,
-            sorted({*FALLBACK_SHARES, case.fallback_share}),
-            case.fallback_share,
-            lambda value: dataclasses.replace(case, fallback_share=value),
-        ),
+        turbo_utilisation=_rows(case, "turbo_utilisation", UTILISATIONS)[::-1],
+        fallback_share=_rows(case, "fallback_share", FALLBACK_SHARES),
     )
 
 
-def _rows(case: Case, values: Sequence[float], own: float, changed: Callable[[float], Case]) -> tuple[Row, ...]:
-    cases = {value: changed(value) for value in values}
+def _rows(case: Case, name: str, values: Iterable[float]) -> tuple[Row, ...]:
+    own = getattr(case, name)
+    cases = (dataclasses.replace(case, **{name: value}) for value in sorted({*values, own}))
     return tuple(
-        Row(value, value == own, monthly_saving_usd(each), payback_months(each), outcome(each))
-        for value, each in cases.items()
+        Row((value := getattr(each, name)), value == own, monthly_saving_usd(each), payback_months(each), outcome(each))
+        for each in cases
     )
 
 
-# --- for people -------------------------------------------------------------------------------------
-
-_DIGITS, _EXACT = 3, 12
-
-
-def _shown(value: float, digits: int, rounding: str) -> decimal.Decimal:
-    """Rounded to that many digits that count; the last bits of a float do not make it round up."""
-    return decimal.Context(prec=digits, rounding=rounding).create_decimal(f"{value:.12g}")
+def _digits(value: float) -> str:
+    """Three digits that count, without an exponent: 492,000, 12.5, 0.0018."""
+    three = decimal.Context(prec=3, rounding=decimal.ROUND_HALF_UP)
+    return f"{three.create_decimal(f'{value:.12g}').normalize():,f}"
 
 
-def _plain(value: decimal.Decimal) -> str:
-    return f"{value.normalize() + 0:,f}"
-
-
-def money(usd: float, rounding: str = decimal.ROUND_HALF_UP, digits: int = _DIGITS) -> str:
-    """Three digits that count, if not told otherwise: $492,000, $12.50, $0.0018, -$86.70. Below a nano-dollar: $0."""
+def money(usd: float) -> str:
+    """Three digits that count: $492,000, $12.50, $0.0018, -$86.70. Below a nano-dollar: $0."""
     if abs(usd) < 1e-9:
         return "$0"
-    value = _shown(abs(usd), digits, rounding).normalize()
-    places = -int(value.as_tuple().exponent)
-    text = f"{value:,.{max(places, 2)}f}" if places > 0 else _plain(value)
-    return f"-${text}" if usd < 0 else f"${text}"
+    whole, point, cents = _digits(abs(usd)).partition(".")
+    return f"{'-' if usd < 0 else ''}${whole}{point}{cents.ljust(2, '0') if point else ''}"
 
 
 def duration(months: float) -> str:
     """Of a payback: at once, 1.2 months, 12.5 years, over 100 years, never."""
     if months == 0 or math.isinf(months):
         return "never" if months else "at once"
-    if months > 1200:
-        return "over 100 years"
-    for limit_months in (SOON_MONTHS, HORIZON_MONTHS):
-        if limit_months * (1 + _TOLERANCE) < months and _span(months) == _span(limit_months):
-            return f"just over {_span(months)}"
-    return _span(months)
+    if not 0.05 <= months <= 1200:
+        return "a day" if months < 1 else "over 100 years"
+    over = any(
+        limit * (1 + _TOLERANCE) < months and _span(limit) == _span(months) for limit in (SOON_MONTHS, HORIZON_MONTHS)
+    )
+    return f"{'just over ' if over else ''}{_span(months)}"
 
 
 def _span(months: float) -> str:
-    if months < 0.05:
-        return "a day"
     number, unit = (months, "month") if months < 23.95 else (months / 12, "year")
     text = f"{number:.1f}".removesuffix(".0")
     return f"{text} {unit}" + ("" if text == "1" else "s")
@@ -438,33 +270,30 @@ def _span(months: float) -> str:
 
 def images(count: float) -> str:
     """A number of images that is enough, rounded up to three digits: 1.2 million, 834,000. count: finite."""
-    value = _shown(math.ceil(count - _TOLERANCE * count), _DIGITS, decimal.ROUND_CEILING)
+    least = math.ceil(count * (1 - _TOLERANCE))
+    step = 10 ** max(len(str(least)) - 3, 0)
+    enough = -(-least // step) * step
     for size, word in ((10**9, " billion"), (10**6, " million")):
-        if value >= size:
-            return _plain(value / size) + word
-    return _plain(value)
+        if enough >= size:
+            return _digits(enough / size) + word
+    return _digits(enough)
 
 
-def percent(share: float, rounding: str = decimal.ROUND_HALF_UP) -> str:
+def percent(share: float) -> str:
     """A share to a tenth of a percent: 92 %, 8.3 %; to a hundredth below one percent."""
-    value = decimal.Decimal(f"{100 * share:.12g}")
-    step = decimal.Decimal("0.1" if value >= 1 else "0.01")
-    return _plain(value.quantize(step, rounding)) + " %"
+    return f"{round(100 * share, 1 if share >= 0.01 else 2):g} %"
 
 
 def text(case: Case) -> str:
     """All of it as text of at most 100 columns: verdict, numbers, and what they do under other assumptions."""
-    found = verdict(case)
-    tables = sensitivity(case)
-    return "\n\n".join(
-        (
-            f"{found.outcome.upper()}\n{textwrap.fill(found.because, 88)}",
-            _aligned(facts(case)),
-            _aligned(results(case)),
-            _table("turbo's devices work", tables.turbo_utilisation),
-            _table("premium makes again", tables.fallback_share),
-        )
+    found, tables = verdict(case), sensitivity(case)
+    parts = (
+        f"{found.outcome.upper()}\n{textwrap.fill(found.because, 88)}",
+        *("\n".join(f"{name:22}{value}" for name, value in pairs) for pairs in (facts(case), results(case))),
+        _table("turbo's devices work", tables.turbo_utilisation),
+        _table("premium makes again", tables.fallback_share),
     )
+    return "\n\n".join(parts)
 
 
 def facts(case: Case) -> Iterator[tuple[str, str]]:
@@ -472,11 +301,11 @@ def facts(case: Case) -> Iterator[tuple[str, str]]:
     premium_usd, turbo_usd = image_usd(case)
     asked = "" if case.turbo_share == 1 else f", {percent(case.turbo_share)} of them from turbo first"
     gap = f", {percent(1 - turbo_usd / premium_usd)} less" if turbo_usd < premium_usd else ""
-    yield "images a month", f"{_plain(_shown(case.monthly_images, _EXACT, decimal.ROUND_HALF_UP))}{asked}"
+    yield "images a month", f"{case.monthly_images:,.0f}{asked}"
     yield "a premium image", money(premium_usd)
     yield "a turbo image", f"{money(turbo_usd)}{gap}"
-    yield "the project, once", money(case.project_usd, digits=_EXACT)
-    yield "upkeep a month", money(case.upkeep_usd, digits=_EXACT)
+    yield "the project, once", f"${case.project_usd:,.0f}"
+    yield "upkeep a month", f"${case.upkeep_usd:,.0f}"
 
 
 def results(case: Case) -> Iterator[tuple[str, str]]:
@@ -491,66 +320,35 @@ def results(case: Case) -> Iterator[tuple[str, str]]:
         yield f"net after year {month // 12}", money(net_usd[month])
 
 
-def _volume(count: float) -> str:
-    if count == 0 or count > _MOST_IMAGES:
-        return "at no volume" if count else "at any volume"
-    return f"from {images(count)} images a month"
-
-
-def _aligned(lines: Iterator[tuple[str, str]]) -> str:
-    return "\n".join(f"{name:22}{value}" for name, value in lines)
-
-
 def _table(name: str, rows: Sequence[Row]) -> str:
-    head = f"{name:22}{'saved a month':>16}{'paid back in':>17}   verdict"
     lines = (
         f"{percent(row.value):>20}  {money(row.monthly_saving_usd):>16}{duration(row.payback_months):>17}"
         f"   {row.outcome}{'  (this case)' if row.own else ''}"
         for row in rows
     )
-    return "\n".join((head, *lines))
-
-
-# --- for programs -----------------------------------------------------------------------------------
+    return "\n".join((f"{name:22}{'saved a month':>16}{'paid back in':>17}   verdict", *lines))
 
 
 def to_dict(case: Case) -> dict[str, Any]:
     """All of it, ready for JSON: what is infinite is None. Money in US dollars, `net_usd` at months 0 to 36."""
-    made: dict[str, Any] = {
+    numbers = (saved_per_image_usd, monthly_saving_usd, payback_months, break_even_images, payback_images)
+    made = {
         "case": dataclasses.asdict(case),
         "verdict": dataclasses.asdict(verdict(case)),
-        "saved_per_image_usd": saved_per_image_usd(case),
-        "monthly_saving_usd": monthly_saving_usd(case),
-        "payback_months": payback_months(case),
-        "break_even_images": break_even_images(case),
-        "payback_images": payback_images(case),
+        **{number.__name__: number(case) for number in numbers},
         "horizon_months": HORIZON_MONTHS,
         "net_usd": curve(case),
         "sensitivity": dataclasses.asdict(sensitivity(case)),
     }
-    return _finite(made)  # type: ignore[no-any-return]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+    finite: dict[str, Any] = json.loads(json.dumps(made), parse_constant=lambda _: None)
+    return finite
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = run.Parser(
-        prog="python -m eval.economics", description="Does distilling pay? Numbers like 50e6 or 50_000_000."
-    )
-    for field in dataclasses.fields(Case):
-        default = "needed" if field.default is dataclasses.MISSING else f"{field.default:g} if not given"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=float,
-            metavar=field.name.rsplit("_", 1)[-1].upper(),
-            help=f"{FIELDS[field.name]} ({default})",
-        )
+    parser = command.Parser(prog="python -m eval.economics", description="Does distilling pay?")
+    for name, about in FIELDS.items():
+        default = f"{_DEFAULTS[name]:g} if not given" if name in _DEFAULTS else "needed"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=f"{about} ({default})")
     parser.add_argument("--example", choices=EXAMPLES, help="a worked case; what else is given replaces its values")
     parser.add_argument("--json", action="store_true", help="all numbers, as JSON")
     return parser
@@ -560,8 +358,7 @@ def _case(given: argparse.Namespace) -> Case:
     """Raises ConfigError where a value is missing or out of range."""
     known = dataclasses.asdict(EXAMPLES[given.example]) if given.example else {}
     known |= {name: getattr(given, name) for name in FIELDS if getattr(given, name) is not None}
-    needed = [field.name for field in dataclasses.fields(Case) if field.default is dataclasses.MISSING]
-    if missing := ", ".join(f"--{name.replace('_', '-')}" for name in needed if name not in known):
+    if missing := ", ".join(f"--{name.replace('_', '-')}" for name in FIELDS if name not in known | _DEFAULTS):
         raise errors.ConfigError(f"no value for {missing}; give one, 0 if it costs nothing, or start from --example")
     return Case(**known)
 
@@ -572,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case = _case(given)
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
-        return run.EXIT_ERROR
+        return command.EXIT_ERROR
     shown = json.dumps(to_dict(case), indent=2, allow_nan=False) if given.json else text(case)
     sys.stdout.write(f"{shown}\n")
     return 0

@@ -1,8 +1,8 @@
 """Whether a training goes well: curves -> findings in words. Pure functions; nothing is read, written or stopped here.
 
 The rules look for what is known to go wrong (docs/runs.md has them in a table): numbers that are not finite, a
-discriminator that has won or learns nothing, a student's adversarial loss that runs away from it, losses that climb,
-gradients that jump, pictures that become all alike, and runs that stopped half-way. A loss says little about quality:
+discriminator that has won or learns nothing, losses that climb, gradients that jump, pictures that become all alike,
+and runs that stopped half-way. A loss says little about quality:
 "loss does not predict FID" (BK-SDM#21), so the best verdict is that nothing points to trouble.
 
 Each number below is our own judgement unless a source stands beside it. Curves are means over a report's steps
@@ -17,11 +17,9 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
 
 import numpy as np
 import PIL.Image
-from numpy.typing import NDArray
 
 from diffusion_kd import errors
 from eval import runs
@@ -41,16 +39,9 @@ WON_WATCH, WON_BAD = 0.25, 0.1
 """Shares of that. At 0 every picture is past the margin: the heads learn no more, and what they tell the student is not
 how to improve."""
 
-BLIND_SAID, BLIND_WATCH = 0.95, 0.998
-"""Shares of that, for the whole second half. Near 1 is usual: "d_loss about 2 is normal" for one head (PCM#11), and our
-own healthy runs have 9.9 of 10 and 5.85 of 6 (docs/recipes.md). So it is said, and only next to exactly 1 a worry."""
-
-RUNAWAY, RUNAWAY_HINGE = 4.0, 0.5
-"""How far the heads reject the student's pictures, in margins, and the hinge's share. The hinge rewards nothing beyond
-the margin of 1, so a few margins with the hinge low say that nothing holds the judgement any more."""
-
-FAINTEST = 0.02
-"""The least that the heads are taken to tell in `_margin`, so that noise about 0 is not divided by next to nothing."""
+BLIND_WATCH = 0.998
+"""Share of that, for the whole second half. Near 1 is usual: "d_loss about 2 is normal" for one head (PCM#11), and our
+own healthy runs have 9.9 of 10 and 5.85 of 6 (docs/recipes.md). So only next to exactly 1 is a worry."""
 
 CLIMB_WATCH, CLIMB_BAD = 1.5, 3.0
 """The last quarter's median of a loss over the best quarter's before."""
@@ -63,14 +54,11 @@ _WINDOWS_A_QUARTER = 16
 
 SPIKE = 8.0
 """A gradient norm over the median of the whole curve. A mean over 50 steps that is eight times as large means a single
-step some 400 times as large, or many large ones."""
+step some 350 times as large, or many large ones."""
 
 GRADIENT_GROWTH = 8.0
 """The last quarter's median of a gradient norm over the second quarter's: plain ADD climbs to a norm of 5 to 14 within
 its first 200 steps (docs/recipes.md), and then stays."""
-
-FLAT = 0.02
-"""A loss whose third and last quarter differ by less than this share has stopped moving."""
 
 ALIKE_WATCH, ALIKE_BAD = 0.5, 0.2
 """How different the pictures of a row are, over the first grid's: eight captions cannot look alike."""
@@ -86,8 +74,8 @@ _COMPARED_PX = 64
 LOSSES = ("distillation", "trajectory", "denoise", "squared", "l1", "text", "text_2", "cells")
 """Losses that should fall and stay down. Not `kl`, `r1`, `mismatch`, `finite_difference`: they rise as others fall."""
 
-_PARTS = {"hinge": "adversarial", "hinge_latent": "adversarial_latent"}
-"""The discriminator's curve and the student's against it."""
+HINGES = ("hinge", "hinge_latent")
+"""The discriminator's losses."""
 
 
 class Level(enum.StrEnum):
@@ -129,15 +117,10 @@ def judge(history: runs.History) -> list[Finding]:
 
 def curve_findings(curves: Sequence[runs.Curve]) -> list[Finding]:
     """What curves alone show, the worst first. Empty where there is nothing to say."""
-    found: list[Finding] = []
-    for stage in dict.fromkeys(curve.stage for curve in curves):
-        tagged = {curve.tag: curve for curve in curves if curve.stage == stage}
-        for curve in tagged.values():
-            found += _of_one(curve)
-        for hinge, adversarial in _PARTS.items():
-            found += _discriminator(tagged.get(hinge))
-            found += _runaway(tagged.get(adversarial), tagged.get(hinge))
-    return worst_first(found)
+    found = [(curve, _of_one(curve)) for curve in curves]
+    return worst_first(
+        dataclasses.replace(finding, stage=curve.stage, tag=curve.tag) for curve, finding in found if finding
+    )
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
@@ -167,7 +150,8 @@ def _too_early(points: int) -> Finding:
 # --- one curve --------------------------------------------------------------------------------------
 
 
-def _of_one(curve: runs.Curve) -> list[Finding]:
+def _of_one(curve: runs.Curve) -> Finding | None:
+    """What is wrong with a curve, without its name; None where that is nothing."""
     if curve.tag.endswith("_skipped"):
         return _skipped(curve)
     broken = _not_finite(curve)
@@ -175,58 +159,51 @@ def _of_one(curve: runs.Curve) -> list[Finding]:
         return broken
     if curve.tag.endswith("_gradient"):
         return _gradient(curve)
-    return _climb(curve) or _flat(curve) if curve.tag in LOSSES else []
+    if curve.tag in HINGES:
+        return _discriminator(curve)
+    return _climb(curve) if curve.tag in LOSSES else None
 
 
-def _not_finite(curve: runs.Curve) -> list[Finding]:
+def _not_finite(curve: runs.Curve) -> Finding | None:
     broken = [at for at, value in zip(curve.images_seen, curve.values, strict=True) if not math.isfinite(value)]
     if not broken:
-        return []
+        return None
     late = not all(math.isfinite(value) for value in _quarters(curve.values)[-1])
-    return [
-        Finding(
-            Level.BAD if late else Level.WATCH,
-            f"{curve.tag} is not a finite number in {len(broken)} of {len(curve)} reports, first at {broken[0]:,} "
-            f"images{'' if late else ', and not of late'}.",
-            "Go back to a run from before that, with a lower learning rate or precision=fp32.",
-            curve.stage,
-            curve.tag,
-        )
-    ]
+    return Finding(
+        Level.BAD if late else Level.WATCH,
+        f"{curve.tag} is not a finite number in {len(broken)} of {len(curve)} reports, first at {broken[0]:,} "
+        f"images{'' if late else ', and not of late'}.",
+        "Go back to a run from before that, with a lower learning rate or precision=fp32.",
+    )
 
 
-def _skipped(curve: runs.Curve) -> list[Finding]:
+def _skipped(curve: runs.Curve) -> Finding | None:
     """The curve is the share of a report's steps that were skipped, because a loss or gradient was not finite."""
     shares = [value for value in curve.values if math.isfinite(value)]
-    if not any(shares):
-        return []
-    late = statistics.fmean(_quarters(shares)[-1])
+    late = statistics.fmean(_quarters(shares)[-1]) if shares else 0.0
+    if late < SKIPPED_BAD and (late < SKIPPED_WATCH or len(shares) < FEWEST_POINTS):
+        return None
     learner = curve.tag.removesuffix("_skipped")
-    what = f"The {learner} skipped {_percent(statistics.fmean(shares))} of its steps, {_percent(late)} of the last "
-    what += "quarter's, as a loss or a gradient was not finite."
-    if late >= SKIPPED_BAD or (late >= SKIPPED_WATCH and len(shares) >= FEWEST_POINTS):
-        level = Level.BAD if late >= SKIPPED_BAD else Level.WATCH
-        advice = "Lower the learning rate, or train with precision=fp32."
-        return [Finding(level, what, advice, curve.stage, curve.tag)]
-    return [Finding(Level.OK, what, "A few skipped steps harm nothing.", curve.stage, curve.tag)]
+    return Finding(
+        Level.BAD if late >= SKIPPED_BAD else Level.WATCH,
+        f"The {learner} skipped {_percent(statistics.fmean(shares))} of its steps, {_percent(late)} of the last "
+        "quarter's, as a loss or a gradient was not finite.",
+        "Lower the learning rate, or train with precision=fp32.",
+    )
 
 
-def _climb(curve: runs.Curve) -> list[Finding]:
+def _climb(curve: runs.Curve) -> Finding | None:
     """A loss that has left its best behind: the last quarter against the best window of that length before it."""
     last, best, spread, best_at = _last_and_best(curve)
     if best <= 0 or last < CLIMB_WATCH * best or last - best <= CLIMB_NOISE * spread:
-        return []
-    return [
-        Finding(
-            Level.BAD if last >= CLIMB_BAD * best else Level.WATCH,
-            f"{curve.tag} has climbed: its last quarter's median is {last:.3g}, {last / best:.1f} times the best "
-            f"before ({best:.3g}, about {best_at:,} images).",
-            "Look at the grids since then. If they are worse too, begin anew with a lower learning rate, or with "
-            "less of the adversarial term.",
-            curve.stage,
-            curve.tag,
-        )
-    ]
+        return None
+    return Finding(
+        Level.BAD if last >= CLIMB_BAD * best else Level.WATCH,
+        f"{curve.tag} has climbed: its last quarter's median is {last:.3g}, {last / best:.1f} times the best "
+        f"before ({best:.3g}, about {best_at:,} images).",
+        "Look at the grids since then. If they are worse too, begin anew with a lower learning rate, or with "
+        "less of the adversarial term.",
+    )
 
 
 def _last_and_best(curve: runs.Curve) -> tuple[float, float, float, int]:
@@ -246,39 +223,23 @@ def _last_and_best(curve: runs.Curve) -> tuple[float, float, float, int]:
     )
 
 
-def _flat(curve: runs.Curve) -> list[Finding]:
-    third, last = (float(np.median(quarter)) for quarter in _quarters(curve.values)[-2:])
-    if third <= 0 or abs(last - third) >= FLAT * third:
-        return []
-    since = curve.images_seen[len(curve) // 2]
-    return [
-        Finding(
-            Level.OK,
-            f"{curve.tag} has hardly moved since {since:,} images ({last:.3g}).",
-            "That is no fault; what is still to be gained comes mostly as the learning rate falls.",
-            curve.stage,
-            curve.tag,
-        )
-    ]
-
-
-def _gradient(curve: runs.Curve) -> list[Finding]:
+def _gradient(curve: runs.Curve) -> Finding | None:
     """Norms before they are cut."""
     learner, quarters = curve.tag.removesuffix("_gradient"), _quarters(curve.values)
     second, last = float(np.median(quarters[1])), float(np.median(quarters[-1]))
     if second > 0 and last >= GRADIENT_GROWTH * second:
         what = f"The {learner}'s gradient has grown: its norm's median is {last:.3g} of late and was {second:.3g}."
-        return [Finding(Level.WATCH, what, "Lower the learning rate if a loss climbs too.", curve.stage, curve.tag)]
+        return Finding(Level.WATCH, what, "Lower the learning rate if a loss climbs too.")
     usual = float(np.median(curve.values))
     spikes = [at for at, norm in zip(curve.images_seen, curve.values, strict=True) if norm > SPIKE * usual > 0]
     late = [at for at in spikes if at >= curve.images_seen[-len(quarters[-1])]]
     if not late and len(spikes) < 3:
-        return []
+        return None
     times = "once" if len(spikes) == 1 else f"{len(spikes)} times"
     what = f"The {learner}'s gradient has jumped {times} to {SPIKE:g} times its usual norm ({usual:.3g}) or more, "
     what += f"last at {spikes[-1]:,} images."
     advice = "Each is cut to max_grad_norm, so one does little; if they become more, lower the learning rate."
-    return [Finding(Level.WATCH, what, advice, curve.stage, curve.tag)]
+    return Finding(Level.WATCH, what, advice)
 
 
 def _quarters(values: Sequence[float]) -> list[Sequence[float]]:
@@ -288,86 +249,34 @@ def _quarters(values: Sequence[float]) -> list[Sequence[float]]:
     return [values[: start // 3], values[start // 3 : 2 * start // 3], values[2 * start // 3 : start], values[start:]]
 
 
-# --- the two networks against each other ------------------------------------------------------------
-
-
 def heads(hinge: runs.Curve) -> int:
     """How many heads a hinge curve sums over, by where it begins: a head starts at judgement 0, so at a loss of 2.
 
-    An estimate: too low where the heads learn much within the first report, or the run's first reports are gone.
+    An estimate: too low where the heads learn much within the first report (five that begin at 7.4 count as four), or
+    where the run's first reports are gone. That the discriminator has won is then said a little later.
     """
     return max(1, round(max(hinge.values[:3]) / HINGE_PER_HEAD))
 
 
-def _telling(hinge: runs.Curve) -> NDArray[np.float64]:
-    """The hinge loss as a share of that of heads which cannot tell: 0 sure, 1 blind."""
-    return np.asarray(hinge.values) / (HINGE_PER_HEAD * heads(hinge))
-
-
-def _discriminator(hinge: runs.Curve | None) -> list[Finding]:
-    if not _usable(hinge):
-        return []
-    share = _telling(hinge)
-    last = float(np.median(share[-(len(share) // 4) :]))
-    half = share[len(share) // 2 :]
-    shown = f"{hinge.values[-1]:.3g} of {HINGE_PER_HEAD * heads(hinge):g}"
+def _discriminator(hinge: runs.Curve) -> Finding | None:
+    """The loss as a share of that of heads which cannot tell: 0 sure, 1 blind."""
+    blind = HINGE_PER_HEAD * heads(hinge)
+    last = float(np.median(_quarters(hinge.values)[-1])) / blind
+    shown = f"{hinge.tag} is {hinge.values[-1]:.3g} of {blind:g}"
     if last <= WON_WATCH:
-        return [
-            Finding(
-                Level.BAD if last <= WON_BAD else Level.WATCH,
-                f"The discriminator has all but won: {hinge.tag} is {shown}, where 0 is sure of every picture.",
-                "It no longer tells the student how to improve. Raise r1_weight, lower "
-                "discriminator_learning_rate, or give finite_difference_weight.",
-                hinge.stage,
-                hinge.tag,
-            )
-        ]
-    if float(half.min()) >= BLIND_WATCH:
-        what = f"The discriminator has learnt nothing in the second half: {hinge.tag} is {shown}."
-        advice = "The adversarial term is noise then. Raise discriminator_learning_rate or lower r1_weight."
-        return [Finding(Level.WATCH, what, advice, hinge.stage, hinge.tag)]
-    if last >= BLIND_SAID:
-        what = f"The discriminator tells little: {hinge.tag} is {shown}, where that is a guess."
-        advice = "Usual where the pictures are good or the heads learn slowly; the adversarial term then says little."
-        return [Finding(Level.OK, what, advice, hinge.stage, hinge.tag)]
-    return []
-
-
-def _runaway(adversarial: runs.Curve | None, hinge: runs.Curve | None) -> list[Finding]:
-    """The student's loss is minus the judgement of its pictures; past the margin the hinge no longer holds it."""
-    if not _usable(adversarial) or not _usable(hinge) or len(adversarial) != len(hinge):
-        return []
-    third, last = (float(np.median(quarter)) for quarter in _quarters(adversarial.values)[-2:])
-    telling = float(np.median(_quarters(list(_telling(hinge)))[-1]))
-    margin = _margin(adversarial, hinge)
-    if margin == 0 or last < RUNAWAY * margin or last <= third or telling > RUNAWAY_HINGE:
-        return []
-    return [
-        Finding(
-            Level.BAD,
-            f"{adversarial.tag} is running away: {last:.3g} in the last quarter and rising, about "
-            f"{last / margin:.0f} times the margin at which the discriminator is sure.",
-            "The discriminator pulls ahead of the student. Raise r1_weight, lower discriminator_learning_rate or the "
-            "term's weight.",
-            adversarial.stage,
-            adversarial.tag,
+        return Finding(
+            Level.BAD if last <= WON_BAD else Level.WATCH,
+            f"The discriminator has all but won: {shown}, where 0 is sure of every picture.",
+            "It no longer tells the student how to improve. Raise r1_weight, lower discriminator_learning_rate, or "
+            "give finite_difference_weight.",
         )
-    ]
-
-
-def _margin(adversarial: runs.Curve, hinge: runs.Curve) -> float:
-    """What the student's loss is when each head judges its pictures by the margin, 1: the weight times the heads.
-
-    From the first half: while no head is past its margin, a hinge at the share h of a guess means judgements of 1 - h.
-    """
-    half = len(hinge) // 2
-    told = np.maximum(1 - _telling(hinge)[:half], FAINTEST)
-    return float(np.median(np.abs(np.asarray(adversarial.values)[:half]) / told))
-
-
-def _usable(curve: runs.Curve | None) -> TypeGuard[runs.Curve]:
-    """Long enough to judge, and all of it finite."""
-    return curve is not None and len(curve) >= FEWEST_POINTS and all(map(math.isfinite, curve.values))
+    if min(hinge.values[len(hinge) // 2 :]) < BLIND_WATCH * blind:
+        return None
+    return Finding(
+        Level.WATCH,
+        f"The discriminator has learnt nothing in the second half: {shown}.",
+        "The adversarial term is noise then. Raise discriminator_learning_rate or lower r1_weight.",
+    )
 
 
 # --- how the run stands -----------------------------------------------------------------------------
@@ -394,13 +303,12 @@ def _standing(history: runs.History) -> list[Finding]:
 
 
 def _late(history: runs.History, reached: int) -> list[Finding]:
-    """Against when something was last written, not the clock: reports are on disk up to two minutes late."""
-    times = sorted({at for curve in history.curves for at in curve.wall_s})
-    if len(times) < 3:
+    """Against when something was last written, not the clock: what was read is older than what is on disk."""
+    longest = max(history.curves, key=len, default=None)
+    if longest is None or len(longest) < 3:
         return []
-    reports = sorted(max(history.curves, key=len).wall_s)
-    usual_s = float(np.median(np.diff(reports))) if len(reports) > 2 else 0.0
-    quiet_s = history.run.last_written_s - times[-1]
+    usual_s = float(np.median(np.diff(sorted(longest.wall_s))))
+    quiet_s = history.run.last_written_s - max(curve.wall_s[-1] for curve in history.curves if len(curve))
     if quiet_s <= max(LATE_S, LATE_REPORTS * usual_s):
         return []
     what = f"The run writes files but has reported nothing for {quiet_s / 60:.0f} minutes, since {reached:,} images; "

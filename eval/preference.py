@@ -166,7 +166,8 @@ def _between_voters(rate: float, scores: NDArray[np.float64], sizes: NDArray[np.
 
     Student's t has one degree of freedom less than there are *effective* voters, N^2 over the sum of n_i^2, which is m
     where all voted equally often; with m itself the interval is too narrow where few cast most of the votes.
-    `test_the_interval_holds_the_truth` has the coverage.
+    `test_the_interval_holds_the_truth` has the coverage about one half. Where most voters lean one way it is a little
+    narrow: polls of tastes drawn from Beta(4, 1), ten votes each, held the truth in 91 % (3 voters) to 93 % (30).
 
     Sources: Shao & Tu 1995, section 2.1 (jackknife); Bell & McCaffrey 2002 (residuals of clusters, and why fewer
     degrees of freedom); Kish 1965 (effective number). To take its degrees of freedom from there is ours.

@@ -13,29 +13,20 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from diffusion_kd import errors, files
-from eval import cases, examine, gate, page, processes, protocols, report, stats, suites
+from eval import cases, command, examine, gate, page, processes, protocols, report, stats, suites
 
 _log = logging.getLogger(__name__)
 
 EXIT_CODES = {stats.Outcome.PASS: 0, stats.Outcome.FAIL: 1, stats.Outcome.INCONCLUSIVE: 2}
-EXIT_ERROR = 3
-
-
-class Parser(argparse.ArgumentParser):
-    """Ends with `EXIT_ERROR`: argparse's own 2 is a verdict here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_ERROR, f"error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = command.Parser(
         prog="python -m eval.run",
         description="Judge a student against its teacher. Exit code: 0 PASS, 1 FAIL, 2 INCONCLUSIVE, 3 error.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -158,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         written = run(arguments)
     except errors.DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_ERROR
+        return command.EXIT_ERROR
     except Exception:  # noqa: BLE001 - a defect of ours must not end with the code of a verdict
         _log.exception("this is a defect; please report it with what follows")
-        return EXIT_ERROR
+        return command.EXIT_ERROR
     if written is None:
         return 0
     sys.stdout.write(f"{report.table(written)}\n")

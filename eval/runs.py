@@ -13,14 +13,12 @@ import enum
 import functools
 import logging
 import math
-import operator
 import os
 import pathlib
 import struct
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 from diffusion_kd import errors
 
@@ -34,10 +32,10 @@ TEACHER_STAGES = ("contrastive", "vae", "decoder", "unet")
 CHECKPOINT = "checkpoint.pt"
 
 ACTIVE_S = 300.0
-"""A run that has written nothing for so long counts as ended. Checkpoints come every 120 s and event files are flushed
-every 120 s: two of these, and a minute for a long step."""
+"""A run that has written nothing for so long counts as ended: two checkpoints, which come every 120 s, and a minute for
+a long step. Event files are flushed every 10 s."""
 
-MOST_GRIDS = 50
+MOST_GRIDS = 12
 """Sample grids of a history, evenly spread over the run; the first and the last are among them."""
 
 DEPTH = 4
@@ -48,8 +46,8 @@ _NO_STAGES = {*_EXPORTS, "encoder", "tokenizer", "teacher_images", "cache"}
 _STAGE_NAMES = {TRAINING, *TEACHER_STAGES}
 _EVENTS = "tfevents"
 _MOST_CONFIG_BYTES = 1 << 20
-_KEPT_RUNS = 8
-"""Runs whose curves stay in memory. A curve's point takes some 100 bytes; of a grid its place on disk is kept."""
+_KEPT_FILES = 8
+"""Event files whose points stay in memory, at some 200 bytes each. One that grows counts anew at each look."""
 
 
 class Kind(enum.StrEnum):
@@ -68,7 +66,7 @@ class Run:
         `ACTIVE_S` ago and nothing has been exported since. finished: whether there is an export that is no older than
         the training, give or take `ACTIVE_S`, as copies lose their times.
     config: text of `config.yaml`, the resolved settings. exported: `student`, or a teacher's `teacher` folder.
-    report: `report.json`. checkpoint: whether any stage has one. Each is None or False where it is missing.
+        Each is None where it is missing. checkpoint: whether any stage has one.
     """
 
     name: str
@@ -81,12 +79,6 @@ class Run:
     checkpoint: bool
     config: str | None = None
     exported: pathlib.Path | None = None
-    report: pathlib.Path | None = None
-
-    @property
-    def student(self) -> pathlib.Path | None:
-        """The exported student; None for a teacher's run, and until the export."""
-        return self.exported if self.exported is not None and self.exported.name == "student" else None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,9 +137,6 @@ class History:
     grids: tuple[Grid, ...]
     notes: tuple[str, ...]
 
-    def curve(self, tag: str, stage: str = TRAINING) -> Curve | None:
-        return next((curve for curve in self.curves if (curve.stage, curve.tag) == (stage, tag)), None)
-
 
 # --- finding ----------------------------------------------------------------------------------------
 
@@ -198,7 +187,6 @@ def _run(path: pathlib.Path, stages: list[pathlib.Path], folder: pathlib.Path, n
         checkpoint=any((stage / CHECKPOINT).is_file() for stage in stages),
         config=_config(path),
         exported=exported,
-        report=_own(path / "report.json"),
     )
 
 
@@ -270,22 +258,56 @@ def _modified(path: pathlib.Path) -> float:
 
 
 def read(run: Run, *, most_grids: int = MOST_GRIDS) -> History:
-    """What a run has logged so far. Only what was written since the last call is read again.
+    """What a run has logged so far. A file that has not changed since the last call is not read again.
 
-    What cannot be read is left out and named in `notes`. Where a run was resumed and repeats steps, its later self
-    counts: what an earlier file holds from the first step of a later one on is left out.
+    What cannot be read is left out and named in `notes`; that a file ends within a record is not, while the run is
+    active. Where a run was resumed and repeats steps, its later self counts: what an earlier file holds from the first
+    step of a later one on is left out.
     Raises ConfigError if TensorBoard is not installed, or for less than two grids.
     """
     errors.require(most_grids >= 2, "most_grids", most_grids, "2 or more")
     _event_class()
-    with _lock:
-        known = _known.pop(run.path, None) or _Reading()
-        _known[run.path] = known  # at the end, as the one used last
-        while len(_known) > _KEPT_RUNS:
-            _known.popitem(last=False)
-        notes = known.update(run)
-        curves, grids = known.merged()
-    return History(run, curves, _spread(grids, most_grids), tuple(notes))
+    curves: list[Curve] = []
+    grids: list[Grid] = []
+    notes: list[str] = []
+    for stage in run.stages:
+        files = []
+        for path in _event_files(_stage_folder(run, stage)):
+            try:
+                stat = path.stat(follow_symlinks=False)
+                files.append(_file(stage, path, stat.st_size, stat.st_mtime_ns))
+            except OSError as error:
+                notes.append(f"{stage}/{path.name} cannot be read ({error.strerror or errors.first_line(error)}).")
+        notes += [file.note for file in files if file.note and not run.active]
+        own_curves, own_grids = _merge(stage, files)
+        curves += own_curves
+        grids += own_grids
+    return History(run, tuple(curves), _spread(grids, most_grids), tuple(notes))
+
+
+def _stage_folder(run: Run, stage: str) -> pathlib.Path:
+    """A stage's folder bears its name; a run without stages of its own holds its event files itself."""
+    child = run.path / stage
+    return child if child.is_dir() else run.path
+
+
+def _merge(stage: str, files: Sequence["_File"]) -> tuple[list[Curve], list[Grid]]:
+    """A stage's sessions as one. Of points at one step the one that was written last counts."""
+    points: list[_Point] = []
+    grids: list[Grid] = []
+    for file in sorted(files, key=lambda file: file.began_s):
+        first = file.first_step()
+        if first is not None:
+            points = [point for point in points if point.images_seen < first] + file.points
+            grids = [grid for grid in grids if grid.images_seen < first] + file.grids
+    by_tag: dict[str, dict[int, _Point]] = collections.defaultdict(dict)
+    for point in points:
+        by_tag[point.tag][point.images_seen] = point
+    curves = []
+    for tag, by_step in by_tag.items():
+        _, steps, values, wall_s = zip(*(by_step[step] for step in sorted(by_step)), strict=True)
+        curves.append(Curve(stage, tag, steps, values, wall_s))
+    return curves, sorted(grids, key=lambda grid: grid.images_seen)
 
 
 def _spread(grids: Sequence[Grid], most: int) -> tuple[Grid, ...]:
@@ -295,182 +317,73 @@ def _spread(grids: Sequence[Grid], most: int) -> tuple[Grid, ...]:
     return tuple(grids[round(index * (len(grids) - 1) / (most - 1))] for index in range(most))
 
 
-class _Reading:
-    """A run's event files as far as they are read."""
+# --- one event file ---------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        self._files: dict[tuple[str, pathlib.Path], _EventFile] = {}
-        self._merged: tuple[tuple[Curve, ...], tuple[Grid, ...]] = (), ()
 
-    def update(self, run: Run) -> list[str]:
-        """Read on. Returns what could not be read, a sentence each."""
-        standing = [(stage, path) for stage in run.stages for path in _event_files(_stage_folder(run, stage))]
-        changed = standing != list(self._files)
-        self._files = {key: self._files.get(key) or _EventFile(*key) for key in standing}
-        for file in self._files.values():
-            changed |= file.update()
-        if changed:
-            self._merged = self._merge(run.stages)
-        return [note for file in self._files.values() for note in file.notes(run.active)]
-
-    def merged(self) -> tuple[tuple[Curve, ...], tuple[Grid, ...]]:
-        return self._merged
-
-    def _merge(self, stages: Sequence[str]) -> tuple[tuple[Curve, ...], tuple[Grid, ...]]:
-        curves: list[Curve] = []
-        grids: list[Grid] = []
-        for stage in stages:
-            files = [file for file in self._files.values() if file.stage == stage and file.first_step is not None]
-            files.sort(key=lambda file: (file.began_s, file.path.name))
-            points: dict[str, _Points] = collections.defaultdict(_Points)
-            shown: list[Grid] = []
-            for file in files:
-                assert file.first_step is not None, "files without points were left out"
-                for earlier in points.values():
-                    earlier.cut(file.first_step)
-                shown = [grid for grid in shown if grid.images_seen < file.first_step]
-                for tag, own in file.points.items():
-                    points[tag].extend(own)
-                shown += file.grids
-            curves += [points[tag].curve(stage, tag) for tag in points if points[tag].values]
-            grids += sorted(shown, key=lambda grid: grid.images_seen)
-        return tuple(curves), tuple(grids)
+class _Point(NamedTuple):
+    tag: str
+    images_seen: int
+    value: float
+    wall_s: float
 
 
 @dataclasses.dataclass(slots=True)
-class _Points:
-    """A curve as it grows, in columns: a long one is copied in no time."""
+class _File:
+    """What an event file holds, in the order in which it was written. note: what is not shown of it; "" for nothing."""
 
-    images_seen: list[int] = dataclasses.field(default_factory=list)
-    values: list[float] = dataclasses.field(default_factory=list)
-    wall_s: list[float] = dataclasses.field(default_factory=list)
+    points: list[_Point] = dataclasses.field(default_factory=list)
+    grids: list[Grid] = dataclasses.field(default_factory=list)
+    began_s: float = 0.0
+    note: str = ""
 
-    def add(self, images_seen: int, value: float, wall_s: float) -> None:
-        self.images_seen.append(images_seen)
-        self.values.append(value)
-        self.wall_s.append(wall_s)
-
-    def extend(self, other: "_Points") -> None:
-        self.images_seen += other.images_seen
-        self.values += other.values
-        self.wall_s += other.wall_s
-
-    def choose(self, indices: Sequence[int]) -> None:
-        self.images_seen = [self.images_seen[index] for index in indices]
-        self.values = [self.values[index] for index in indices]
-        self.wall_s = [self.wall_s[index] for index in indices]
-
-    def cut(self, first_step: int) -> None:
-        """Leave out that step and all after it."""
-        self.choose([index for index, step in enumerate(self.images_seen) if step < first_step])
-
-    def curve(self, stage: str, tag: str) -> Curve:
-        """In the order of steps; of points at one step the one that was written last."""
-        if not all(map(operator.lt, self.images_seen, self.images_seen[1:])):
-            order = sorted(range(len(self.values)), key=lambda index: (self.images_seen[index], self.wall_s[index]))
-            self.choose(list({self.images_seen[index]: index for index in order}.values()))
-        return Curve(stage, tag, tuple(self.images_seen), tuple(self.values), tuple(self.wall_s))
+    def first_step(self) -> int | None:
+        """None for a file without points and grids."""
+        steps = [point.images_seen for point in self.points] + [grid.images_seen for grid in self.grids]
+        return min(steps, default=None)
 
 
-def _stage_folder(run: Run, stage: str) -> pathlib.Path:
-    """A stage's folder bears its name; a run without stages of its own holds its event files itself."""
-    child = run.path / stage
-    return child if child.is_dir() else run.path
+@functools.lru_cache(maxsize=_KEPT_FILES)
+def _file(stage: str, path: pathlib.Path, size: int, mtime_ns: int) -> _File:
+    """An event file of so many bytes, up to the first record that is not whole. Raises OSError if it cannot be read.
 
-
-class _EventFile:
-    """One event file, read up to the last whole record."""
-
-    def __init__(self, stage: str, path: pathlib.Path) -> None:
-        self.stage, self.path = stage, path
-        self._begin()
-
-    def _begin(self) -> None:
-        self.points: dict[str, _Points] = collections.defaultdict(_Points)
-        self.grids: list[Grid] = []
-        self.first_step: int | None = None
-        self.began_s = 0.0
-        self._seen: tuple[int, int, int] | None = None  # inode, size, time of the last change
-        self._read = self._bad = 0  # bytes; records
-        self._problem = ""  # ends the reading of this file
-
-    def update(self) -> bool:
-        """Read what is new. Returns whether there was something."""
-        try:
-            stat = self.path.stat(follow_symlinks=False)
-            seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if seen == self._seen:
-                return False
-            if self._seen and (seen[0] != self._seen[0] or seen[1] < self._read):
-                self._begin()  # another file of the same name
-            with self.path.open("rb", buffering=1 << 20) as file:
-                self._read_on(file, stat.st_size)
-        except OSError as error:
-            new, self._problem = f"cannot be read ({error.strerror or errors.first_line(error)})", self._problem
-            changed = new != self._problem
-            self._problem = new
-            return changed
-        self._seen = seen
-        return True
-
-    def _read_on(self, file: BinaryIO, size: int) -> None:
-        if self._problem.startswith("cannot"):
-            self._problem = ""
-        parse = _event_class().FromString
-        file.seek(self._read)
-        while not self._problem and size - self._read >= _FRAME_BYTES:
-            head = file.read(_HEAD.size)
-            (length, checksum) = _HEAD.unpack(head)
-            end = self._read + _FRAME_BYTES + length
-            if (length == 0 or end > size) and checksum != _masked_crc32c(head[:8]):
-                self._problem = f"is damaged after {self._read:,} bytes" if self._read else "is no event file"
-                return
-            if end > size:
-                return
-            content = file.read(length)
-            file.seek(end)
-            try:
-                self._take(parse(content), self._read + _HEAD.size, length)
-            except _decode_error():
-                if checksum != _masked_crc32c(head[:8]):
-                    self._problem = f"is damaged after {self._read:,} bytes" if self._read else "is no event file"
-                    return
-                self._bad += 1
-            self._read = end
-
-    def _take(self, event: Any, start: int, length: int) -> None:
-        self.began_s = self.began_s or event.wall_time
+    mtime_ns: when it was last changed; only tells the files of one name apart.
+    """
+    file, end = _File(), 0
+    for event, start, length in _events(path, size):
+        end = start + length + _TAIL_BYTES
+        wall_s = event.wall_time
+        file.began_s = file.began_s or wall_s
         for value in event.summary.value:
             kind = value.WhichOneof("value")
             if kind == "simple_value":
-                self.points[value.tag].add(event.step, value.simple_value, event.wall_time)
+                file.points.append(_Point(value.tag, event.step, value.simple_value, wall_s))
             elif kind == "image":
-                grid = Grid(self.stage, value.tag, event.step, event.wall_time, self.path, start, length)
-                self.grids.append(grid)
-            else:
-                continue
-            self.first_step = event.step if self.first_step is None else min(self.first_step, event.step)
-
-    def notes(self, active: bool) -> Iterator[str]:
-        """active: whether the run goes on; what is not whole yet then goes without saying."""
-        name = f"{self.stage}/{self.path.name}"
-        if self._problem:
-            yield f"{name} {self._problem}; {'what follows' if self._read else 'it'} is not shown."
-        if self._bad:
-            yield f"{name} holds {self._bad:,} damaged records; they are not shown."
-        if self._seen is None or self._problem or active:
-            return
-        if self._seen[1] == 0:
-            yield f"{name} is empty: its run ended before it wrote anything."
-        elif self._seen[1] > self._read:
-            yield f"{name} ends within a record: its run was killed while it wrote. What is whole is shown."
+                file.grids.append(Grid(stage, value.tag, event.step, wall_s, path, start, length))
+    if end < size:
+        file.note = f"{stage}/{path.name} ends within a record, or is damaged, after {end:,} bytes; "
+        file.note += "what is whole is shown."
+    return file
 
 
-_known: collections.OrderedDict[pathlib.Path, _Reading] = collections.OrderedDict()
-_lock = threading.Lock()
+def _events(path: pathlib.Path, size: int) -> Iterator[tuple[Any, int, int]]:
+    """Each event with where its content starts and how long it is, in bytes, up to the first that is not whole."""
+    parse, end = _event_class().FromString, 0
+    with path.open("rb", buffering=1 << 20) as file:
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            start, length = end + _HEAD.size, _HEAD.unpack(head)[0]
+            end = start + length + _TAIL_BYTES
+            if not length or end > size:  # a record is never empty, but what a crash leaves may be all zeros
+                return
+            try:
+                event = parse(file.read(length))
+            except _decode_error():
+                return
+            yield event, start, length
+            file.seek(end)
 
-_HEAD = struct.Struct("<QI")  # length of the content, masked checksum of these eight bytes
-_FRAME_BYTES = _HEAD.size + 4  # and the content's checksum, behind it
+
+_HEAD = struct.Struct("<Q4x")  # length of the content, and the checksum of that
+_TAIL_BYTES = 4  # the content's checksum
 
 
 @functools.cache
@@ -491,17 +404,6 @@ def _decode_error() -> type[Exception]:
 
     raised: type[Exception] = message.DecodeError
     return raised
-
-
-def _masked_crc32c(content: bytes) -> int:
-    """Of a record's length. Bit by bit: only asked where something looks wrong. Source: RFC 3720, B.4; TFRecord."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # --- showing ----------------------------------------------------------------------------------------

@@ -46,9 +46,13 @@ def _history(folder: pathlib.Path) -> runs.History:
     return runs.read(run)
 
 
+def _curve_of(history: runs.History, tag: str) -> runs.Curve:
+    (curve,) = [curve for curve in history.curves if curve.tag == tag]
+    return curve
+
+
 def _points(history: runs.History, tag: str) -> Written:
-    curve = history.curve(tag)
-    assert curve is not None
+    curve = _curve_of(history, tag)
     return dict(zip(curve.images_seen, curve.values, strict=True))
 
 
@@ -60,12 +64,11 @@ def test_a_run_tells_what_it_holds(tmp_path: pathlib.Path) -> None:
     _write(run / "training", {"distillation": {16: 1.0}})
     (run / "training" / runs.CHECKPOINT).write_bytes(b"weights")
     (run / "config.yaml").write_text("seed: 3\n")
-    (run / "report.json").write_text("{}")
     (run / "student").mkdir()
     _age(run, 1000)
     (found,) = runs.find(tmp_path, now_s=NOW_S)
     assert (found.name, found.path, found.kind, found.stages) == ("mine/first", run, runs.Kind.DISTILL, ("training",))
-    assert (found.config, found.report, found.student) == ("seed: 3\n", run / "report.json", run / "student")
+    assert (found.config, found.exported) == ("seed: 3\n", run / "student")
     assert (found.checkpoint, found.active, found.finished) == (True, False, True)
     assert found.last_written_s == pytest.approx(NOW_S - 1000)
 
@@ -76,7 +79,7 @@ def test_a_teachers_stages_come_in_their_order_and_what_is_no_stage_does_not(tmp
     (tmp_path / "teacher" / "origin.json").write_text("{}")
     (found,) = runs.find(tmp_path)
     assert (found.kind, found.stages) == (runs.Kind.TEACHER, ("contrastive", "vae", "unet"))
-    assert (found.config, found.report, found.student, found.checkpoint) == (None, None, None, False)
+    assert (found.config, found.exported, found.checkpoint) == (None, None, False)
 
 
 def test_the_run_that_wrote_last_comes_first(tmp_path: pathlib.Path) -> None:
@@ -126,10 +129,9 @@ def test_links_are_not_followed(tmp_path: pathlib.Path) -> None:
     _write(inside / "run" / "training", {"l1": {1: 1.0}})
     (inside / "linked").symlink_to(outside / "secret")
     (inside / "run" / "config.yaml").symlink_to(outside / "secret.txt")
-    (inside / "run" / "report.json").symlink_to(outside / "secret.txt")
     (inside / "run" / "student").symlink_to(outside)
     (found,) = runs.find(inside)
-    assert (found.name, found.config, found.report, found.student) == ("run", None, None, None)
+    assert (found.name, found.config, found.exported) == ("run", None, None)
 
 
 def test_only_so_deep_and_nothing_hidden(tmp_path: pathlib.Path) -> None:
@@ -173,8 +175,8 @@ def test_what_was_written_is_read_back(tmp_path: pathlib.Path) -> None:
     assert _points(history, "distillation") == pytest.approx(falling)
     read = _points(history, "odd")
     assert np.isnan(read[16]) and read[32] == float("inf") and read[48] == -1.5
-    curve = history.curve("distillation")
-    assert curve is not None and curve.stage == "training"
+    curve = _curve_of(history, "distillation")
+    assert curve.stage == "training"
     assert before_s - 1 <= curve.wall_s[0] <= curve.wall_s[-1] <= time.time() + 1
     assert [(grid.images_seen, grid.tag) for grid in history.grids] == [(160, "samples"), (320, "samples")]
     assert all(grid.png.startswith(b"\x89PNG") for grid in history.grids)
@@ -222,7 +224,7 @@ def test_the_names_are_those_of_training() -> None:
     assert (runs.CHECKPOINT, runs.TEACHER_STAGES) == (loop.CHECKPOINT, teacher.STAGES)
 
 
-def test_only_what_is_new_is_read_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_file_that_has_changed_is_read_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _write(tmp_path / "training", {"l1": {1: 1.0, 2: 2.0}})
     whole = path.read_bytes()
     longer = _write(tmp_path / "other" / "training", {"l1": {1: 1.0, 2: 2.0, 3: 3.0}}).read_bytes()
@@ -231,18 +233,18 @@ def test_only_what_is_new_is_read_again(tmp_path: pathlib.Path, monkeypatch: pyt
     (run,) = runs.find(tmp_path)
     first = runs.read(run)
     assert _points(first, "l1") == {1: 1.0, 2: 2.0}
-    taken = []
-    take = runs._EventFile._take
-    monkeypatch.setattr(runs._EventFile, "_take", lambda self, *given: (taken.append(given), take(self, *given)))
-    assert runs.read(run).curves is first.curves
-    assert taken == []
+    opened: list[pathlib.Path] = []
+    events = runs._events
+    monkeypatch.setattr(runs, "_events", lambda path, size: opened.append(path) or events(path, size))
+    assert runs.read(run) == first
+    assert opened == []
     with path.open("ab") as file:
         file.write(longer[len(whole) : -3])
     assert _points(runs.read(run), "l1") == {1: 1.0, 2: 2.0}
     with path.open("ab") as file:
         file.write(longer[-3:])
     assert _points(runs.read(run), "l1") == {1: 1.0, 2: 2.0, 3: 3.0}
-    assert len(taken) == 1
+    assert opened == [path, path]
 
 
 def test_of_a_resumed_run_the_repeated_steps_count(tmp_path: pathlib.Path) -> None:
@@ -259,9 +261,16 @@ def test_of_two_points_at_one_step_the_later_counts(tmp_path: pathlib.Path) -> N
     for step, value, wall_s in ((20, 1.0, 50.0), (10, 2.0, 60.0), (20, 3.0, 70.0), (30, 4.0, 80.0)):
         writer.add_scalar("l1", value, step, walltime=wall_s)
     writer.close()
-    curve = _history(tmp_path).curve("l1")
-    assert curve is not None
+    curve = _curve_of(_history(tmp_path), "l1")
     assert (curve.images_seen, curve.values, curve.wall_s) == ((10, 20, 30), (2.0, 3.0, 4.0), (60.0, 70.0, 80.0))
+
+
+def test_a_session_that_reported_nothing_leaves_the_others_as_they_are(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path / "training", {"l1": {10: 1.0, 20: 2.0}}, {20: 1})
+    _write(tmp_path / "training", {})
+    history = _history(tmp_path)
+    assert _points(history, "l1") == {10: 1.0, 20: 2.0}
+    assert [grid.images_seen for grid in history.grids] == [20]
 
 
 def test_stages_keep_apart(tmp_path: pathlib.Path) -> None:
@@ -284,16 +293,8 @@ def test_a_file_that_ends_within_a_record_shows_what_is_whole(tmp_path: pathlib.
     assert "ends within a record" in note and path.name in note
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "is empty"),
-        (b"not an event file at all, whatever it may be called", "is no event file; it is not shown"),
-        (b"\0" * 400, "is no event file; it is not shown"),
-        (b"\xff" * 7, "ends within a record"),
-    ],
-)
-def test_a_file_that_is_none_is_said_and_skipped(tmp_path: pathlib.Path, content: bytes, said: str) -> None:
+@pytest.mark.parametrize("content", [b"not an event file at all, whatever it may be called", b"\0" * 400, b"\xff" * 7])
+def test_a_file_that_is_none_is_said_and_skipped(tmp_path: pathlib.Path, content: bytes) -> None:
     _write(tmp_path / "training", {"l1": {1: 1.0}})
     (tmp_path / "training" / "events.out.tfevents.1.bad").write_bytes(content)
     _age(tmp_path, 9000)
@@ -301,27 +302,31 @@ def test_a_file_that_is_none_is_said_and_skipped(tmp_path: pathlib.Path, content
     history = runs.read(run)
     assert _points(history, "l1") == {1: 1.0}
     (note,) = history.notes
-    assert said in note and note.startswith("training/events.out.tfevents.1.bad")
+    assert note.startswith("training/events.out.tfevents.1.bad ends within a record, or is damaged, after 0 bytes")
 
 
-def test_damage_in_the_middle_keeps_what_is_before(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("damage", [b"\x5a", b"\0"], ids=["noise", "zeros, as a crash leaves them"])
+def test_damage_in_the_middle_keeps_what_is_before(tmp_path: pathlib.Path, damage: bytes) -> None:
     path = _write(tmp_path / "training", {"l1": {step: float(step) for step in range(1, 101)}})
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2] + b"\x5a" * (len(content) // 2))
-    history = _history(tmp_path)
+    path.write_bytes(content[: len(content) // 2] + damage * (len(content) // 2))
+    _age(tmp_path, 9000)
+    (run,) = runs.find(tmp_path, now_s=NOW_S)
+    history = runs.read(run)
     read = _points(history, "l1")
     assert 30 < len(read) < 70 and all(step == value for step, value in read.items())
     (note,) = history.notes
-    assert "is damaged after" in note and "what follows is not shown" in note
+    assert "is damaged, after" in note and "what is whole is shown" in note
 
 
-def test_a_damaged_record_is_passed_over(tmp_path: pathlib.Path) -> None:
+def test_a_record_that_does_not_decode_ends_the_file(tmp_path: pathlib.Path) -> None:
     path = _write(tmp_path / "training", {"first": {1: 1.0}, "spoiled": {1: 1.0}, "third": {1: 1.0}})
     path.write_bytes(path.read_bytes().replace(b"spoiled", b"\xff" * 7))
-    history = _history(tmp_path)
-    assert [curve.tag for curve in history.curves] == ["first", "third"]
-    (note,) = history.notes
-    assert "1 damaged" in note
+    _age(tmp_path, 9000)
+    (run,) = runs.find(tmp_path, now_s=NOW_S)
+    history = runs.read(run)
+    assert [curve.tag for curve in history.curves] == ["first"]
+    assert len(history.notes) == 1
 
 
 def test_a_file_that_may_not_be_read_is_said_and_read_once_it_may(
