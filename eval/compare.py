@@ -19,13 +19,18 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     """A report, or the one in a folder. Raises DataError for anything else."""
     file = path / report.REPORT_NAME if path.is_dir() else path
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise errors.DataError(f"{file} is not a report: {errors.first_line(error)}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != report.SCHEMA_VERSION:
         raise errors.DataError(f"{file} has schema version {version}; this release reads {report.SCHEMA_VERSION}")
     return content  # type: ignore[no-any-return]
+
+
+def _refuse(constant: str) -> None:
+    """NaN and infinity are no JSON; a report of ours has null instead."""
+    raise ValueError(f"it holds {constant}, which is no JSON")
 
 
 def lines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -67,6 +67,7 @@ def _frame(settings: Settings, built: build.Built | None, *, reference: bool = T
         openapi_url="/openapi.json" if reference else None,
         redirect_slashes=False,
     )
+    app.state.close_page = lambda: None
     metrics = app.state.metrics = telemetry.Metrics() if built is None else built.service.metrics
     _handle_errors(app, metrics)
     app.add_middleware(
@@ -92,7 +93,7 @@ def _add_playground(app: FastAPI, settings: Settings, path: str) -> None:
     from serve.playground.stage import Stage
 
     stage = Stage(lambda: app.state.service, settings.runs_folder)
-    page.mount(app, stage, path, keys=settings.auth == "keys", public=build.public_url(settings))
+    app.state.close_page = page.mount(app, stage, path, keys=settings.auth == "keys", public=build.public_url(settings))
 
 
 @contextlib.asynccontextmanager

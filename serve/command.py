@@ -90,8 +90,14 @@ def run(settings: Settings, create: Callable[[Settings, build.Built], FastAPI]) 
     listening = _bound(settings)
     settings = settings.model_copy(update={"port": listening.getsockname()[1]})
     built = build.build(settings)
+    app = create(settings, built)
+
+    async def drain() -> None:
+        await built.drain()
+        app.state.close_page()
+
     config = uvicorn.Config(
-        create(settings, built),
+        app,
         http=connections.protocol(settings.header_timeout_s),
         ws="none",
         log_config=None,
@@ -99,7 +105,7 @@ def run(settings: Settings, create: Callable[[Settings, build.Built], FastAPI]) 
         timeout_graceful_shutdown=_AFTER_DRAIN_S,
         server_header=False,
     )
-    Server(config, built.drain).run(sockets=[listening])
+    Server(config, drain).run(sockets=[listening])
 
 
 def _bound(settings: Settings) -> socket.socket:

@@ -42,7 +42,6 @@ _GENERAL = {
 _HINT = "Press Compare: premium takes its time, and shows what it has on the way."
 _BLANK = "Type what you would like to see."
 _STOPPED = "Stopped. Press Compare to begin again."
-_STOP_OFF = gr.update(interactive=False)
 
 
 class Compare:
@@ -61,7 +60,7 @@ class Compare:
             )
             with gr.Column(scale=1, min_width=140):
                 self._start = gr.Button("Compare", variant="primary")
-                self._stop = gr.Button("Stop", size="sm", interactive=False)
+                self._stop = gr.Button("Stop", size="sm")
         self._examples = gr.Dataset(
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text in _SHAPES.values()],
@@ -79,12 +78,12 @@ class Compare:
             self._turbo = gr.HTML(_card(None, "turbo"), elem_id="turbo")
             self._premium = gr.HTML(_card(None, "premium"), elem_id="premium")
             self._wipe = gr.HTML(_wipe([None, None]), elem_id="wipe")
-        self._diverse = gr.Button(f"How diverse? Draw {_SEEDS} seeds with both", size="sm")
+        self._diverse = gr.Button(f"How diverse? Draw {_SEEDS} seeds with both")
         self._strips = gr.HTML("", elem_id="strips")
         self._wire(page)
 
     def _wire(self, page: gr.Blocks) -> None:
-        cards = [self._turbo, self._premium, self._wipe, self._stop]
+        cards = [self._turbo, self._premium, self._wipe]
         knobs = [self._prompt, self._seed, self._steps, self._many, self._guidance]
         gr.on(
             [self._start.click, self._prompt.submit],
@@ -105,8 +104,8 @@ class Compare:
             trigger_mode="multiple",
             **AT_ONCE,
         )
-        self._diverse.click(self._diversity, knobs, [self._strips, self._stop], trigger_mode="multiple", **AT_ONCE)
-        self._stop.click(self._end, None, self._stop, **AT_ONCE)
+        self._diverse.click(self._diversity, knobs, self._strips, trigger_mode="once", **AT_ONCE)
+        self._stop.click(self._end, None, None, **AT_ONCE)
         choices = [self._prompt, self._examples, self._steps, self._many, self._guidance]
         for chosen in (
             self._examples.click(self._example, self._examples, self._prompt, js=_AT_ONCE, **AT_ONCE),
@@ -137,15 +136,16 @@ class Compare:
         """Turbo's picture of a prompt that may change again in a moment."""
         about = (text, seed, steps)
         if self._cards.about(request) == about:  # an example, or what Compare draws already
-            return [gr.skip()] * 4
+            return [gr.skip()] * 3
+        self._strip.end(request, stopped=True)
         turn, card = self._cards.take(request, about), None
         if text.strip():
             drawn = drawing.draw(self._on, request, Asked("turbo", text, _number(seed), steps))
             async for found in drawing.together([drawn], turn):
                 card = found[0]
         if turn.over.is_set():
-            return [gr.skip()] * 4
-        return [_card(card, "turbo", _BLANK), _card(None, "premium"), _wipe([None, None]), _STOP_OFF]
+            return [gr.skip()] * 3
+        return [_card(card, "turbo", _BLANK), _card(None, "premium"), _wipe([None, None])]
 
     async def _compare(
         self, text: str, seed: int | None, steps: int, many: int, guidance: float, keep: bool, request: gr.Request
@@ -154,14 +154,15 @@ class Compare:
         number = _number(seed if keep else None)
         pair = [Asked("turbo", text, number, steps), Asked("premium", text, number, int(many), guidance)]
         turn, found = self._cards.take(request, (text, number, steps)), list[Card | None]([None, None])
+        drawn_from = gr.skip() if number == seed else number
         async for found in self._both(pair, request, turn):
-            yield [number, *_cards(found), gr.update(interactive=not _over(found))]
+            yield [drawn_from, *_cards(found)]
         if turn.over.is_set():  # Gradio shows the last of these once more
-            yield [number, *_cards(found, _STOPPED), _STOP_OFF] if turn.stopped else [gr.skip()] * 5
+            yield [gr.skip(), *_cards(found, _STOPPED)] if turn.stopped else [gr.skip()] * 4
 
     async def _diversity(
         self, text: str, seed: int | None, steps: int, many: int, guidance: float, request: gr.Request
-    ) -> AsyncGenerator[list[Any]]:
+    ) -> AsyncGenerator[Any]:
         """The same prompt with several seeds."""
         first = min(_number(seed), schemas.MOST_SEED - _SEEDS + 1)
         pair = [
@@ -170,21 +171,19 @@ class Compare:
         ]
         turn = self._strip.take(request, pair)
         async for found in self._both(pair, request, turn):
-            strips = html.render("strip", tiers=list(zip(("turbo", "premium"), found, strict=True)))
-            yield [strips, gr.update(interactive=not _over(found))]
+            yield html.render("strip", tiers=list(zip(("turbo", "premium"), found, strict=True)))
         if turn.over.is_set():
-            yield ["", _STOP_OFF] if turn.stopped else [gr.skip()] * 2
+            yield "" if turn.stopped else gr.skip()
 
     def _both(
         self, pair: Sequence[Asked], request: gr.Request, turn: drawing.Turn
     ) -> AsyncGenerator[list[Card | None]]:
         return drawing.together([drawing.draw(self._on, request, asked) for asked in pair], turn)
 
-    async def _end(self, request: gr.Request) -> dict[str, Any]:
+    async def _end(self, request: gr.Request) -> None:
         """What is being drawn is gone; what is finished stays."""
         self._cards.end(request, stopped=True)
         self._strip.end(request, stopped=True)
-        return _STOP_OFF
 
     async def _leave(self, request: gr.Request) -> None:
         self._cards.end(request)
@@ -200,10 +199,6 @@ def _cards(found: Sequence[Card | None], otherwise: str = "") -> list[str]:
 
 def _number(seed: int | None) -> int:
     return secrets.randbelow(schemas.MOST_SEED + 1) if seed is None else int(seed)
-
-
-def _over(found: Sequence[Card | None]) -> bool:
-    return all(card is not None and card.over for card in found)
 
 
 def _card(card: Card | None, tier: str, hint: str = _HINT) -> str:

@@ -15,7 +15,7 @@ import pydantic
 
 from diffusion_kd.shapes import language, oracle, scenes
 from serve import errors, schemas
-from serve.playground import stage
+from serve.playground import words
 from serve.playground.stage import Stage
 from serve.store import records
 
@@ -75,10 +75,6 @@ class Card:
         return self.done == 1
 
     @property
-    def over(self) -> bool:
-        return self.finished or self.error is not None
-
-    @property
     def state(self) -> str:
         return "failed" if self.error else "done" if self.finished else "drawing"
 
@@ -91,7 +87,7 @@ async def draw(on: Stage, request: gr.Request, asked: Asked) -> AsyncGenerator[C
         async for card in _draw(on, key, asked):
             yield card
     except errors.ServiceError as error:
-        yield Card(asked, error=stage.sentence(error))
+        yield Card(asked, error=words.sentence(str(error)))
     except Exception:
         log.exception("the playground could not draw")
         yield Card(asked, error="The service failed; its log says why.")
@@ -127,6 +123,8 @@ def body(on: Stage, asked: Asked) -> schemas.GenerationBody:
     """The request of a card. Raises InvalidField, which names what is wrong."""
     if not asked.prompt.strip():
         raise errors.InvalidField("type a prompt first: what would you like to see?", param="prompt")
+    if not 0 <= asked.seed <= schemas.MOST_SEED:
+        raise errors.InvalidField(f"the seed is {asked.seed}; it must be from 0 to {schemas.MOST_SEED}", param="seed")
     small = max(on.service.catalogue.tiers[asked.tier].sizes[0]) <= _PNG_UP_TO_PX
     try:
         return schemas.GenerationBody(

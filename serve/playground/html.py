@@ -10,8 +10,6 @@ from serve.playground import words
 
 _FOLDER = pathlib.Path(__file__).parent / "templates"
 STYLE = _FOLDER / "style.css"
-DRAWING = 'data-state="drawing"'
-"""In what shows a picture that is not ready."""
 
 _environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader([_FOLDER, views.TEMPLATES]),
@@ -20,13 +18,18 @@ _environment = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_environment.filters |= {"duration": words.duration, "usd": economics.money, "percent": economics.percent}
+_environment.filters |= {
+    "duration": words.duration,
+    "usd": economics.money,
+    "percent": economics.percent,
+    "sentence": words.sentence,
+}
 _environment.globals["count"] = words.count
 
 
 def render(template: str, **given: Any) -> str:
     """A template of this folder, by its name without `.html.j2`."""
-    return _environment.get_template(f"{template}.html.j2").render(**given)
+    return words.printable(_environment.get_template(f"{template}.html.j2").render(**given))
 
 
 def notice(sentence: str, kind: str = "plain") -> str:

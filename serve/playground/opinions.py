@@ -16,13 +16,14 @@ import PIL.Image
 from diffusion_kd import errors
 from eval import suites
 from serve import schemas
-from serve.playground import drawing, html, stage
+from serve.playground import drawing, html, words
 from serve.playground.drawing import Asked, Card
 from serve.playground.stage import AT_ONCE, Stage
 from serve.store import records
 
 _CHOICES = {"left": "A is better", "neither": "No difference", "right": "B is better"}
 _UNCHANGED = [gr.skip()] * (4 + len(_CHOICES))
+_VOTED = "voted"
 _WRITES = 4
 _VOTER = re.compile("[0-9a-f]{32}")
 """What this page gave a browser to keep; anything else was put there by somebody."""
@@ -113,21 +114,25 @@ class Opinions:
             Asked("premium", prompt, seed, premium.default_steps, premium.default_guidance_scale),
         ]
 
-    async def _vote(self, choice: records.Choice, pair: Pair | None, voter: str, request: gr.Request) -> list[Any]:
+    async def _vote(
+        self, choice: records.Choice, pair: Pair | str | None, voter: str, request: gr.Request
+    ) -> list[Any]:
         """Keep a vote and say which picture was whose."""
-        if pair is None:
+        if pair == _VOTED:  # a second click
             return _UNCHANGED
+        if not isinstance(pair, Pair):  # the service was started anew meanwhile
+            return [html.notice("This pair is gone; show another.", "bad"), None, voter, gr.skip(), *_buttons(False)]
         if not isinstance(voter, str) or not _VOTER.fullmatch(voter):
             voter = secrets.token_hex(16)
         try:
             vote = self._record(await self._on.payer(request), pair, choice, voter)
             kept = await asyncio.to_thread(self._on.service.store.record_vote, vote)
         except errors.DiffusionKDError as error:
-            return [html.notice(stage.sentence(error), "bad"), pair, voter, gr.skip(), *_buttons(True)]
+            return [html.notice(words.sentence(str(error)), "bad"), pair, voter, gr.skip(), *_buttons(True)]
         if not kept:  # a second click, before the first one's answer had come
             return _UNCHANGED
         shown = html.render("pair", pair=pair, choice=choice)
-        return [shown, None, voter, gr.update(value="Show another"), *_buttons(False)]
+        return [shown, _VOTED, voter, gr.update(value="Show another"), *_buttons(False)]
 
     def _record(self, key: records.Key, pair: Pair, choice: records.Choice, voter: str) -> records.Vote:
         turbo, premium = (self._on.service.catalogue.tiers[tier] for tier in ("turbo", "premium"))

@@ -12,7 +12,7 @@ import jinja2
 
 from diffusion_kd import errors
 from eval import cases, compare, preference, views
-from serve.playground import html, reports, stage
+from serve.playground import html, reports, words
 from serve.playground.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ _READING: dict[str, Any] = {
 }
 _NONE = "There is no evaluation yet. Make one with: make evaluate (or python -m eval.run), and reload this page."
 _NO_OTHER = "no other"
+_DAMAGED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration, RecursionError)
+"""What a report causes whose parts are not what they should be; a template's errors are beside them."""
 
 
 class Quality:
@@ -88,10 +90,10 @@ def _readable(draw: Callable[..., str], names: Sequence[str], found: Mapping[str
     try:
         return draw(*(found[name] for name in names))
     except errors.DiffusionKDError as error:
-        return html.notice(stage.sentence(error), "bad")
-    except (LookupError, TypeError, ValueError, ArithmeticError, StopIteration, jinja2.TemplateError) as error:
+        return html.notice(words.sentence(str(error)), "bad")
+    except (*_DAMAGED, jinja2.TemplateError) as error:
         log.warning("a report cannot be shown: %r", error)
-        return html.notice(f"This report is damaged: {errors.first_line(error)}.", "bad")
+        return html.notice("This report is damaged: something that this page needs is missing, or is no number.", "bad")
 
 
 def _evaluation(path: pathlib.Path) -> str:
@@ -115,7 +117,7 @@ def _cases(path: pathlib.Path) -> tuple[cases.Cases | None, str]:
     try:
         chosen = cases.load(file)
     except errors.DataError as error:
-        return None, stage.sentence(error)
+        return None, words.sentence(str(error))
     if chosen.report.sha256 != hashlib.sha256(path.read_bytes()).hexdigest():
         return None, "The cases beside this report are of another evaluation; evaluate again to have its own."
     return chosen, ""

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 
 from diffusion_kd import artifact, errors
 from eval import compare, report
+from serve.playground import words
 
 log = logging.getLogger(__name__)
 
 _DEEPEST = 3
 """Folders below the runs' own that are searched."""
 
+_MOST_BYTES, _LONGEST = 20_000_000, 120
+"""A report has some hundred kilobytes; names are cut after so many characters."""
+
 
 def find(runs: pathlib.Path, served: str) -> dict[str, pathlib.Path]:
     """Name -> report.json, the newest first. served: the student; a report beside it counts even outside of `runs`."""
     beside = artifact.resolve(served).parent / report.REPORT_NAME
-    paths = dict.fromkeys([*_below(runs), *([beside] if beside.is_file() else [])])
+    paths = [path for path in dict.fromkeys([*_below(runs), beside]) if path.is_file()]  # no pipe, which would block
     named: dict[str, pathlib.Path] = {}
     for path in sorted(paths, key=_written_s, reverse=True):
         name = _name(path, runs)
@@ -40,11 +44,14 @@ def _below(runs: pathlib.Path) -> Iterator[pathlib.Path]:
 def _name(path: pathlib.Path, runs: pathlib.Path) -> str | None:
     """None for a report that this release cannot read."""
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            return None
         content = compare.load(path)
         student, protocol = content["models"]["student"], content["protocol"]["id"]
         where = path.parent.relative_to(runs) if path.is_relative_to(runs) else _beside(path)
-        return f"{where}: {_last(student['source'])} on {protocol}, {content['verdict']}"
-    except (errors.DataError, KeyError, TypeError) as error:
+        name = f"{where}: {_last(student['source'])} on {protocol}, {content['verdict']}"
+        return words.printable(name)[:_LONGEST]
+    except (errors.DataError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         log.debug("%s is left out: %s", path, errors.first_line(error))
         return None
 

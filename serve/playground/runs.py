@@ -15,7 +15,7 @@ import PIL.Image
 from diffusion_kd import errors
 from eval import health
 from eval import runs as on_disk
-from serve.playground import html, stage, words
+from serve.playground import html, words
 from serve.playground.stage import Stage
 
 _EVERY_S = 5
@@ -70,9 +70,9 @@ class Runs:
         if barred := await self._on.barred(request):
             return [gr.skip(), *_said(barred)]
         found = await asyncio.to_thread(on_disk.find, self._on.runs)
-        names = [run.name for run in found]
+        names = [words.printable(run.name) for run in found]
         chosen = chosen if chosen in names else next(iter(names), None)
-        menu = gr.update(choices=[(_label(run), run.name) for run in found], value=chosen)
+        menu = gr.update(choices=[(_label(run), words.printable(run.name)) for run in found], value=chosen)
         return [menu, *await asyncio.to_thread(self._read, chosen, None)]
 
     async def _choose(self, name: str | None, request: gr.Request) -> list[Any]:
@@ -87,13 +87,13 @@ class Runs:
 
     def _read(self, name: str | None, seen: object) -> list[Any]:
         """seen: what of a run the visitor has; only what is new is sent."""
-        run = next((run for run in on_disk.find(self._on.runs) if run.name == name), None)
+        run = next((run for run in on_disk.find(self._on.runs) if words.printable(run.name) == name), None)
         if run is None:
             return _said(_NONE if name is None else f"The run {name!r} is gone; open this page anew.")
         try:
             history = on_disk.read(run)
         except errors.DiffusionKDError as error:
-            return _said(stage.sentence(error))
+            return _said(words.sentence(str(error)))
         clock, news = gr.update(active=run.active), (run.name, [len(curve) for curve in history.curves], history.grids)
         if news == seen:
             return [_health(history), gr.skip(), gr.skip(), gr.skip(), news, clock]
@@ -116,7 +116,7 @@ def _said(sentence: str) -> list[Any]:
 
 def _label(run: on_disk.Run) -> str:
     standing = "running" if run.active else "finished" if run.finished else "stopped"
-    return f"{run.name}: {run.kind}, {standing}"
+    return words.printable(f"{run.name}: {run.kind}, {standing}")
 
 
 def _name(curve: on_disk.Curve) -> str:

@@ -9,7 +9,7 @@ import pandas as pd
 from diffusion_kd import errors
 from eval import economics
 from serve import costs
-from serve.playground import html, stage
+from serve.playground import html, words
 from serve.playground.stage import Stage
 
 _KINDS = {economics.Outcome.DISTIL: "good", economics.Outcome.PILOT_FIRST: "doubtful", economics.Outcome.DO_NOT: "bad"}
@@ -32,9 +32,8 @@ _EXAMPLES = {
 _SUMS: dict[str, Any] = {"concurrency_limit": 8, "show_progress": "hidden", "api_visibility": "private"}
 """A sum takes a millisecond; eight at a time wait for nobody."""
 
-_MEASURED = (
-    "Prices as last measured here, per busy second of the device: the utilisation below turns them into real ones."
-)
+_MEASURED = """Prices as last measured here, per busy second of the device: say under “What may go wrong” how busy the
+devices are."""
 
 
 class Savings:
@@ -47,7 +46,7 @@ class Savings:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 self._inputs = self._fields(first)
-                self._measure = gr.Button("Use the prices measured here", size="sm")
+                self._measure = gr.Button("Use the prices measured here")
                 self._said = gr.HTML("")
                 self._examples = gr.Dataset(
                     components=[gr.Textbox(visible=False)],
@@ -88,7 +87,7 @@ class Savings:
         try:
             case = _case(dict(zip(_LABELS, given, strict=True)))
         except errors.ConfigError as error:
-            return [html.notice(stage.sentence(error), "bad"), "", gr.update(visible=False), ""]
+            return [html.notice(words.sentence(str(error)), "bad"), "", gr.update(visible=False), ""]
         return [_verdict(case), _numbers(case), gr.update(value=_curve(case), visible=True), _tables(case)]
 
     def _take(self, sample: list[str]) -> list[Any]:

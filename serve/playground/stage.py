@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_kd import errors as library_errors
 from serve import errors
+from serve.playground import words
 from serve.service import Service
 from serve.store import records
 
@@ -59,16 +59,10 @@ class Stage:
         try:
             await self.visitor(request)
         except errors.ServiceError as error:
-            return sentence(error)
+            return words.sentence(str(error))
         return None
 
     async def may_enter(self, key_id: str, secret: str) -> bool:
         """Whether the secret is that of the key with this id."""
         key = await asyncio.to_thread(self.service.store.find_key, secret)
         return key is not None and key.id == key_id
-
-
-def sentence(error: library_errors.DiffusionKDError) -> str:
-    """Our messages begin as fragments do; on a page they are sentences."""
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"

@@ -11,3 +11,13 @@ def duration(seconds: float) -> str:
 def count(number: int, thing: str) -> str:
     """1 step, 2 steps, 32,000 images."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def sentence(text: str) -> str:
+    """Our messages begin as fragments do; on a page they are sentences."""
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+
+
+def printable(text: str) -> str:
+    """What can be sent whatever was typed, or names a file: halves of characters become question marks."""
+    return text.encode("utf-8", "replace").decode()

@@ -185,6 +185,7 @@ def test_the_ends_of_every_range_have_words_too() -> None:
 @given(CASES)
 def test_payback_times_saving_is_the_project(case: economics.Case) -> None:
     saving_usd = economics.monthly_saving_usd(case)
+    assume(saving_usd <= 0 or saving_usd > 1e-300)  # a payback that a float can hold
     if saving_usd <= 0:
         assert economics.payback_months(case) == math.inf
         assert economics.outcome(case) is economics.Outcome.DO_NOT

@@ -74,7 +74,7 @@ def test_nothing_of_the_page_is_served_to_strangers(locked: Live, path: str) -> 
 def test_nothing_is_taken_from_strangers(locked: Live) -> None:
     client, body = locked.client(None), {"data": [], "fn_index": 0, "session_hash": "x"}
     assert client.post("/playground/gradio_api/queue/join", json=body).status_code == 401
-    assert client.post("/playground/gradio_api/upload", files={"files": b"x"}).status_code == 401
+    assert client.post("/playground/gradio_api/upload", files={"files": b"x"}).status_code == 403
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1"])

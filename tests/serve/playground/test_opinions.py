@@ -36,6 +36,11 @@ def test_a_vote_is_kept_for_the_tier_that_was_chosen(visit: Any, site: Live, pic
     vote(page, "A is better")
     first = page.locator("#vote-pair figure").first
     expect(first).to_contain_text("your choice")
+    letter = first.locator("figcaption strong")
+    assert letter.evaluate(
+        "it => { const {x, y, width, height} = it.getBoundingClientRect();"
+        " return document.elementFromPoint(x + width / 2, y + height / 2) === it; }"
+    ), "nothing covers what is said of a picture"
     winner = "turbo" if "turbo" in first.inner_text() else "premium"
     after = counted(site)
     assert after == before | {winner: before[winner] + 1}
