@@ -24,7 +24,7 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bar:
-    """One line of a chart, positions in percent of its width. text: the number in words. floor: None where none is set."""
+    """One line of a chart, positions in percent of its width. text: the number in words. floor: None for none."""
 
     name: str
     prompts: int
