@@ -46,7 +46,7 @@ def measure(browser: sync_api.Browser, url: str, loads: int) -> tuple[list[float
         page.goto(url)
         page.wait_for_selector("#turbo [data-state=done]")
         first.append(float(page.evaluate("Math.min(...Object.values(window.dkdSeen))")))
-        field = page.get_by_label("Prompt", exact=True)
+        field = page.locator("#prompt textarea")
         for prompt in _PROMPTS:
             field.fill("")
             field.press_sequentially(prompt, delay=40)
