@@ -20,6 +20,17 @@ class _Body(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _whole_numbers(cls, given: Any) -> Any:
+        """7.0 is a whole number, as JSON has it."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in given.items()
+        }
+
 
 class GenerationBody(_Body):
     """A request for images. Fields from `seed` on are extensions of OpenAI's API."""

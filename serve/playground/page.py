@@ -1,5 +1,6 @@
 """The whole page, and where it is mounted."""
 
+import asyncio
 import urllib.parse
 from collections.abc import Callable
 
@@ -70,6 +71,18 @@ def mount(app: FastAPI, on: Stage, path: str, *, keys: bool, public: str) -> Cal
     keys: ask for an API key first. public: URL under which clients reach the app. Returns what ends the connections of
     pages that are only open, for which a server would else wait before it ends.
     """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # then Gradio makes loops of its own, and never closes them
+
+        async def inside() -> Callable[[], None]:
+            return _mount(app, on, path, keys, public)
+
+        return asyncio.run(inside())
+    return _mount(app, on, path, keys, public)
+
+
+def _mount(app: FastAPI, on: Stage, path: str, keys: bool, public: str) -> Callable[[], None]:
     app.add_middleware(Guard, path=path, public=public)
     # Before the page, which has one of its own where it stands at the root.
     app.add_route("/favicon.ico", lambda _: Response(_ICON, media_type="image/svg+xml"), include_in_schema=False)

@@ -6,8 +6,6 @@ DIFFUSION_KD_TEST_REDIS: a Redis URL for the rate limits.
 DIFFUSION_KD_TEST_S3: http://endpoint|accesskey|secretkey|bucket; each service has a prefix of its own there.
 """
 
-import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -124,21 +122,11 @@ def serving(folder: pathlib.Path, create: Create = api.create_app, **given: Any)
         }
         settings = Settings(**(defaults | given))
         built = build.build(settings)
-        app = _made(create, settings, built)
+        app = create(settings, built)
         with _uvicorn(settings, app):
             live = Live(settings, app, built, f"http://127.0.0.1:{port}")
             stack.callback(live.close_clients)
             yield live
-
-
-def _made(create: Create, settings: Settings, built: build.Built) -> FastAPI:
-    """In an event loop of its own: where there is none, gradio makes some, and never closes them."""
-
-    async def made() -> FastAPI:
-        return create(settings, built)
-
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # this one may have a loop, which browsers run on
-        return thread.submit(asyncio.run, made()).result()
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def no_network() -> Iterator[list[str]]:
     """Refuses this process every connection to other machines, and tells which were tried."""
     tried: list[str] = []
@@ -69,7 +69,7 @@ def no_network() -> Iterator[list[str]]:
         yield tried
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(no_network: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """The service with its page, without keys."""
     with serving(
