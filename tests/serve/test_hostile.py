@@ -88,7 +88,7 @@ def test_json_beyond_what_a_parser_takes(content: bytes, live: Live) -> None:
         ("guidance_scale", "-Infinity"),
         ("guidance_scale", "1e999"),
         ("guidance_scale", "9" * 400),
-        ("num_inference_steps", "1e2"),
+        ("num_inference_steps", "1e3"),
         ("output_compression", "-0.0"),
     ],
 )
