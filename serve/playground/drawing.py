@@ -57,7 +57,7 @@ class Card:
 
     done: share of the way; 1: these are the pictures; below: previews, if any. error: a sentence, instead of pictures.
     wanted: what the prompt asks for in the oracle's words, where it reads pictures and understands the prompt.
-    seconds: from asking to having. cost_usd: of all pictures; premium_cost_usd: what premium's would have cost.
+    seconds: from asking to having. cost_usd: of all pictures.
     """
 
     asked: Asked
@@ -65,7 +65,6 @@ class Card:
     pictures: tuple[Picture, ...] = ()
     seconds: float = 0.0
     cost_usd: float = 0.0
-    premium_cost_usd: float = 0.0
     warnings: tuple[str, ...] = ()
     wanted: str | None = None
     error: str | None = None
@@ -106,14 +105,12 @@ async def _draw(on: Stage, key: records.Key, asked: Asked) -> AsyncIterator[Card
     seconds = time.monotonic() - began
     wants = language.understand(asked.prompt) if on.on_shapes else None
     pictures = await asyncio.to_thread(_read, ready, wants)
-    usage = ready[0].usage
     yield Card(
         asked,
         done=1,
         pictures=pictures,
         seconds=seconds,
-        cost_usd=usage.cost_usd,
-        premium_cost_usd=usage.premium_cost_usd,
+        cost_usd=ready[0].usage.cost_usd,
         warnings=tuple(ready[0].warnings),
         wanted=None if wants is None else language.say(wants),
     )

@@ -18,7 +18,7 @@ from eval import suites
 from serve import schemas
 from serve.playground import drawing, html, words
 from serve.playground.drawing import Asked, Card
-from serve.playground.stage import AT_ONCE, Stage
+from serve.playground.stage import AT_ONCE, Stage, queued
 from serve.store import records
 
 _CHOICES = {"left": "A is better", "neither": "No difference", "right": "B is better"}
@@ -82,7 +82,7 @@ class Opinions:
                 [gr.State(choice), self._pair, self._voter],
                 [self._pictures, self._pair, self._voter, self._next, *buttons],
                 trigger_mode="once",
-                **(AT_ONCE | {"concurrency_limit": _WRITES, "concurrency_id": "votes"}),
+                **queued("votes", _WRITES),
             )
         page.unload(self._leave)
 
@@ -128,7 +128,8 @@ class Opinions:
             vote = self._record(await self._on.payer(request), pair, choice, voter)
             kept = await asyncio.to_thread(self._on.service.store.record_vote, vote)
         except errors.DiffusionKDError as error:
-            return [html.notice(words.sentence(str(error)), "bad"), pair, voter, gr.skip(), *_buttons(True)]
+            said = html.notice(words.sentence(str(error)), "bad")
+            return [html.render("pair", pair=pair, choice=None) + said, pair, voter, gr.skip(), *_buttons(True)]
         if not kept:  # a second click, before the first one's answer had come
             return _UNCHANGED
         shown = html.render("pair", pair=pair, choice=choice)

@@ -13,19 +13,13 @@ import jinja2
 from diffusion_kd import errors
 from eval import cases, compare, preference, views
 from serve.playground import html, reports, words
-from serve.playground.stage import Stage
+from serve.playground.stage import Stage, queued
 
 log = logging.getLogger(__name__)
 
-_READS = 2
-"""Reports that are read at a time, by all people together: each is parsed whole."""
+_READING = queued("reports", 2) | {"show_progress": "minimal"}
+"""Each report is parsed whole."""
 
-_READING: dict[str, Any] = {
-    "concurrency_limit": _READS,
-    "concurrency_id": "reports",
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
 _NONE = "There is no evaluation yet. Make one with: make evaluate (or python -m eval.run), and reload this page."
 _NO_OTHER = "no other"
 _DAMAGED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, StopIteration, RecursionError)

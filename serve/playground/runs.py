@@ -16,18 +16,10 @@ from diffusion_kd import errors
 from eval import health
 from eval import runs as on_disk
 from serve.playground import html, words
-from serve.playground.stage import Stage
+from serve.playground.stage import Stage, queued
 
 _EVERY_S = 5
-_READS = 2
-"""Runs that are read at a time, by all people together."""
-
-_READING: dict[str, Any] = {
-    "concurrency_limit": _READS,
-    "concurrency_id": "runs",
-    "show_progress": "hidden",
-    "api_visibility": "private",
-}
+_READING = queued("runs", 2)
 _NONE = "There is no training yet. Start one with: make demo (or python -m training.distill), and it appears here."
 _GRID_PX = 1024
 
@@ -47,7 +39,7 @@ class Runs:
         self._seen = gr.State(None)
         shown = [self._said, self._curves, self._grids, self._config, self._seen, self._clock]
         tab.select(self._open, self._menu, [self._menu, *shown], **_READING)
-        self._menu.input(self._choose, self._menu, shown, **_READING)
+        self._menu.input(self._follow, [self._menu, gr.State(None)], shown, **_READING)
         self._clock.tick(self._follow, [self._menu, self._seen], shown, **_READING)
 
     def _draw_curves(self) -> None:
@@ -74,11 +66,6 @@ class Runs:
         chosen = chosen if chosen in names else next(iter(names), None)
         menu = gr.update(choices=[(_label(run), words.printable(run.name)) for run in found], value=chosen)
         return [menu, *await asyncio.to_thread(self._read, chosen, None)]
-
-    async def _choose(self, name: str | None, request: gr.Request) -> list[Any]:
-        if barred := await self._on.barred(request):
-            return _said(barred)
-        return await asyncio.to_thread(self._read, name, None)
 
     async def _follow(self, name: str | None, seen: object, request: gr.Request) -> list[Any]:
         if barred := await self._on.barred(request):

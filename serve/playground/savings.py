@@ -10,7 +10,7 @@ from diffusion_kd import errors
 from eval import economics
 from serve import costs
 from serve.playground import html, words
-from serve.playground.stage import Stage
+from serve.playground.stage import Stage, queued
 
 _KINDS = {economics.Outcome.DISTIL: "good", economics.Outcome.PILOT_FIRST: "doubtful", economics.Outcome.DO_NOT: "bad"}
 _LABELS = {
@@ -29,7 +29,7 @@ _EXAMPLES = {
     "in-between": "8 million a month",
     "too-little-volume": "200,000 a month",
 }
-_SUMS: dict[str, Any] = {"concurrency_limit": 8, "show_progress": "hidden", "api_visibility": "private"}
+_SUMS = queued("sums", 8)
 """A sum takes a millisecond; eight at a time wait for nobody."""
 
 _MEASURED = """Prices as last measured here, per busy second of the device: say under “What may go wrong” how busy the

@@ -18,6 +18,11 @@ AT_ONCE: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden",
 before them. Cards show their own progress."""
 
 
+def queued(what: str, most: int) -> dict[str, Any]:
+    """Of events that read or write: so many of a kind at a time, of all visitors together."""
+    return AT_ONCE | {"concurrency_limit": most, "concurrency_id": what}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stage:
     """find: gives the service; the page is made before it runs. runs: the folder with evaluations and trainings."""

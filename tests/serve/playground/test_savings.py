@@ -65,14 +65,17 @@ def test_a_worked_case_is_a_click_away(visit: Any, picture: Any) -> None:
 
 
 def test_prices_are_those_measured_here(visit: Any, site: Live) -> None:
-    page = visit(tab="Savings")
+    page = visit()
+    expect(page.locator("#turbo [data-state=done]")).to_be_visible()
+    site.until_idle()  # what is drawn changes what is measured
+    page.get_by_role("tab", name="Savings").click()
     page.get_by_role("button", name="Use the prices measured here").click()
     expect(page.get_by_label("A premium image, $", exact=True)).not_to_have_value("0.011")
     models = site.client(None).get("/v1/models").json()["data"]
     measured = {model["id"]: model["image_cost_usd"] for model in models}
     for tier, label in (("turbo", "A turbo image, $"), ("premium", "A premium image, $")):
         shown = float(page.get_by_label(label, exact=True).input_value())
-        assert shown == pytest.approx(measured[tier], rel=0.5)  # it follows what is drawn meanwhile
+        assert shown == pytest.approx(measured[tier], rel=1e-6)
 
 
 @pytest.mark.parametrize(
