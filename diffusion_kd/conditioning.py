@@ -51,7 +51,9 @@ class PromptEncoder(nn.Module):
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids_2, output_hidden_states=True)
         prompt_embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return Conditioning(prompt_embeds, second.text_embeds, time_ids(len(ids), size_px).to(prompt_embeds))
+        # In float32: bfloat16 would round a size of 1023 px.
+        told = time_ids(len(ids), size_px).to(prompt_embeds.device)
+        return Conditioning(prompt_embeds, second.text_embeds, told)
 
     def encode(self, prompts: Sequence[str], size_px: tuple[int, int]) -> Conditioning:
         """Encode prompts without gradients."""

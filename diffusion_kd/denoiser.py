@@ -34,11 +34,13 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """x0_hat (B, C, h, w) float32 of x_t (B, C, h, w) at timesteps (B,), without guidance."""
+        # Frozen networks may be in another precision than those that learn; time ids are numbers up to thousands.
+        dtype = self.unet.dtype
         prediction = self.unet(
-            x_t.to(self.unet.dtype),
+            x_t.to(dtype),
             timesteps,
-            cond.prompt_embeds,
-            added_cond_kwargs={"text_embeds": cond.pooled, "time_ids": cond.time_ids},
+            cond.prompt_embeds.to(dtype),
+            added_cond_kwargs={"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids},
             return_dict=False,
         )[0]
         return self.schedule.x0_from(prediction, x_t, timesteps, self.prediction_type)

@@ -45,6 +45,9 @@ class Conditioning:
     def __getitem__(self, rows: Tensor) -> "Conditioning":
         return Conditioning(self.prompt_embeds[rows], self.pooled[rows], self.time_ids[rows])
 
+    def to(self, device: torch.device) -> "Conditioning":
+        return Conditioning(self.prompt_embeds.to(device), self.pooled.to(device), self.time_ids.to(device))
+
     @staticmethod
     def concatenate(parts: "list[Conditioning]") -> "Conditioning":
         return Conditioning(

@@ -78,6 +78,13 @@ HINGES = ("hinge", "hinge_latent")
 """The discriminator's losses."""
 
 
+DIVERSITY = "diversity"
+"""How different the images of one prompt are under different seeds, of the same prompts and seeds each time."""
+
+ALIKE_SEEDS_WATCH, ALIKE_SEEDS_BAD = 0.5, 0.25
+"""Shares of the best diversity before, the median of the three best."""
+
+
 class Level(enum.StrEnum):
     """UNKNOWN: there is too little to judge by."""
 
@@ -106,7 +113,7 @@ def judge(history: runs.History) -> list[Finding]:
 
     Looks at the curves, at how the run stands and at its sample grids; a grid that cannot be read is left out.
     """
-    found = [*curve_findings(history.curves), *_standing(history), *_alike(history.grids)]
+    found = [*curve_findings(history.curves), *_standing(history), *_alike(history.grids), *_went_back(history)]
     points = max((len(curve) for curve in history.curves), default=0)
     if points < FEWEST_POINTS:
         found.append(_too_early(points))
@@ -155,6 +162,8 @@ def _of_one(curve: runs.Curve) -> Finding | None:
     if curve.tag.endswith("_skipped"):
         return _skipped(curve)
     broken = _not_finite(curve)
+    if broken is None and curve.tag == DIVERSITY:
+        return _seeds_alike(curve)
     if broken or len(curve) < FEWEST_POINTS:
         return broken
     if curve.tag.endswith("_gradient"):
@@ -192,6 +201,21 @@ def _skipped(curve: runs.Curve) -> Finding | None:
     )
 
 
+def _seeds_alike(curve: runs.Curve) -> Finding | None:
+    """A student that comes to one picture for each prompt, whatever the seed. Samples are few, so the last decides."""
+    best = float(np.median(sorted(curve.values[:-1])[-3:])) if len(curve) > 1 else 0.0
+    if best <= 0 or curve.values[-1] > ALIKE_SEEDS_WATCH * best:
+        return None
+    ratio = curve.values[-1] / best
+    return Finding(
+        Level.BAD if ratio <= ALIKE_SEEDS_BAD else Level.WATCH,
+        f"The images of one prompt have become alike: under different seeds they differ {_percent(ratio)} as much as "
+        f"at their best ({curve.values[-1]:.3g} of {best:.3g}).",
+        "The student may be collapsing. Raise objective.trajectory_weight, or lower objective.distillation_weight or "
+        "training.learning_rate.",
+    )
+
+
 def _climb(curve: runs.Curve) -> Finding | None:
     """A loss that has left its best behind: the last quarter against the best window of that length before it."""
     last, best, spread, best_at = _last_and_best(curve)
@@ -201,8 +225,8 @@ def _climb(curve: runs.Curve) -> Finding | None:
         Level.BAD if last >= CLIMB_BAD * best else Level.WATCH,
         f"{curve.tag} has climbed: its last quarter's median is {last:.3g}, {last / best:.1f} times the best "
         f"before ({best:.3g}, about {best_at:,} images).",
-        "Look at the grids since then. If they are worse too, begin anew with a lower learning rate, or with "
-        "less of the adversarial term.",
+        "Look at the grids since then. If they are worse too, begin anew with a lower training.learning_rate, or with "
+        "a lower objective.adversarial_weight.",
     )
 
 
@@ -314,6 +338,28 @@ def _late(history: runs.History, reached: int) -> list[Finding]:
     what = f"The run writes files but has reported nothing for {quiet_s / 60:.0f} minutes, since {reached:,} images; "
     what += f"a report used to come every {usual_s:.0f} s."
     return [Finding(Level.WATCH, what, "Look at its log: it may be waiting for data or for another process.")]
+
+
+def _went_back(history: runs.History) -> list[Finding]:
+    """What training did about its own health."""
+    found = []
+    for stage in dict.fromkeys(each.stage for each in history.interventions):
+        own = [each for each in history.interventions if each.stage == stage]
+        backs = [each for each in own if each.to_images is not None]
+        if backs:
+            last, times = backs[-1], "once" if len(backs) == 1 else f"{len(backs)} times"
+            what = f"The training rolled back {times}, last from {last.images_seen:,} to {last.to_images:,} images, "
+            advice = "Each time its learning rates are halved, and other random numbers drawn."
+            found.append(Finding(Level.WATCH, what + f"because: {last.why}", advice, stage))
+        last = own[-1]
+        if last.to_images is None and not _reported_since(history, last):
+            what = f"The training gave up at {last.images_seen:,} images, as rolling back did not help: {last.why}"
+            found.append(Finding(Level.BAD, what, "Begin anew in another folder with other settings.", stage))
+    return found
+
+
+def _reported_since(history: runs.History, then: runs.Intervention) -> bool:
+    return any(curve.wall_s[-1] > then.time_s for curve in history.curves if curve.stage == then.stage and len(curve))
 
 
 # --- the pictures -----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import diffusion_kd
-from diffusion_kd import artifact, errors
+from diffusion_kd import artifact, card, errors
 from eval import fingerprint, processes, sampling, suites
 
 _log = logging.getLogger(__name__)
@@ -204,12 +204,15 @@ def _whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
 
 @functools.cache
 def artifact_sha256(name_or_path: str) -> str:
-    """Of a model folder: names and contents of all its files. Raises ModelError if there is no such model."""
+    """Of a model folder: names and contents of all its files but its card, which an evaluation is written into.
+
+    Raises ModelError if there is no such model.
+    """
     folder = artifact.resolve(name_or_path)
     digest = hashlib.sha256()
     found = [pathlib.Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names]
     for path in sorted(found):
-        if path.relative_to(folder).parts[0].startswith("."):
+        if path.relative_to(folder).parts[0].startswith(".") or path == folder / card.NAME:
             continue
         with path.open("rb") as file:
             digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.file_digest(file, "sha256").digest())

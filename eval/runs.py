@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import enum
 import functools
+import json
 import logging
 import math
 import os
@@ -30,6 +31,13 @@ TRAINING = "training"
 TEACHER_STAGES = ("contrastive", "vae", "decoder", "unet")
 
 CHECKPOINT = "checkpoint.pt"
+"""Of runs that know no `CHECKPOINTS` yet."""
+
+CHECKPOINTS = "checkpoints"
+"""A stage's folder of checkpoints (`training.checkpoint`)."""
+
+HEALTH = "health.jsonl"
+"""A stage's own account of when it rolled back (`training.health`)."""
 
 ACTIVE_S = 300.0
 """A run that has written nothing for so long counts as ended: two checkpoints, which come every 120 s, and a minute for
@@ -45,7 +53,7 @@ _EXPORTS = ("student", "teacher")
 _NO_STAGES = {*_EXPORTS, "encoder", "tokenizer", "teacher_images", "cache"}
 _STAGE_NAMES = {TRAINING, *TEACHER_STAGES}
 _EVENTS = "tfevents"
-_MOST_CONFIG_BYTES = 1 << 20
+_MOST_CONFIG_BYTES = _MOST_HEALTH_BYTES = 1 << 20
 _KEPT_FILES = 8
 """Event files whose points stay in memory, at some 200 bytes each. One that grows counts anew at each look."""
 
@@ -129,13 +137,33 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Intervention:
+    """What a training did about its own health, at `images_seen`.
+
+    time_s: since 1970. to_images: where it went back to; None where it gave up. attempt: its number of roll-backs then.
+    why: a sentence or more.
+    """
+
+    stage: str
+    time_s: float
+    images_seen: int
+    to_images: int | None
+    attempt: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class History:
-    """What a run has logged. curves: by stage, then by tag. notes: a sentence on each thing that could not be read."""
+    """What a run has logged. curves: by stage, then by tag. notes: a sentence on each thing that could not be read.
+
+    interventions: by stage, in the order in which they happened.
+    """
 
     run: Run
     curves: tuple[Curve, ...]
     grids: tuple[Grid, ...]
     notes: tuple[str, ...]
+    interventions: tuple[Intervention, ...] = ()
 
 
 # --- finding ----------------------------------------------------------------------------------------
@@ -184,9 +212,16 @@ def _run(path: pathlib.Path, stages: list[pathlib.Path], folder: pathlib.Path, n
         last_written_s=written_s,
         active=now_s - written_s <= ACTIVE_S and done_s < written_s,
         finished=exported is not None and done_s >= written_s - ACTIVE_S,
-        checkpoint=any((stage / CHECKPOINT).is_file() for stage in stages),
+        checkpoint=any(map(_has_checkpoint, stages)),
         config=_config(path),
         exported=exported,
+    )
+
+
+def _has_checkpoint(stage: pathlib.Path) -> bool:
+    """Whether one stands; half-written ones are hidden, and those do not count."""
+    return (stage / CHECKPOINT).is_file() or any(
+        _is_folder(entry) and entry.name.startswith("step-") for entry in _entries(stage / CHECKPOINTS)
     )
 
 
@@ -242,8 +277,11 @@ def _event_files(stage: pathlib.Path) -> list[pathlib.Path]:
 def _written(stage: pathlib.Path) -> Iterator[float]:
     """When each file of a stage that training writes to was last written. An unfinished checkpoint counts."""
     for entry in _entries(stage):
-        if _is_event_file(entry) or entry.name.startswith(CHECKPOINT):
+        if _is_event_file(entry) or entry.name.startswith(CHECKPOINT + ".") or entry.name == CHECKPOINT:
             yield _modified(pathlib.Path(entry.path))
+        elif entry.name == CHECKPOINTS and _is_folder(entry):
+            for checkpoint in filter(_is_folder, _entries(pathlib.Path(entry.path))):
+                yield from (_modified(pathlib.Path(file.path)) for file in _entries(pathlib.Path(checkpoint.path)))
 
 
 def _modified(path: pathlib.Path) -> float:
@@ -270,6 +308,7 @@ def read(run: Run, *, most_grids: int = MOST_GRIDS) -> History:
     curves: list[Curve] = []
     grids: list[Grid] = []
     notes: list[str] = []
+    interventions: list[Intervention] = []
     for stage in run.stages:
         files = []
         for path in _event_files(_stage_folder(run, stage)):
@@ -279,10 +318,12 @@ def read(run: Run, *, most_grids: int = MOST_GRIDS) -> History:
             except OSError as error:
                 notes.append(f"{stage}/{path.name} cannot be read ({error.strerror or errors.first_line(error)}).")
         notes += [file.note for file in files if file.note and not run.active]
-        own_curves, own_grids = _merge(stage, files)
+        own = _interventions(stage, _stage_folder(run, stage) / HEALTH)
+        own_curves, own_grids = _merge(stage, files, own)
         curves += own_curves
         grids += own_grids
-    return History(run, tuple(curves), _spread(grids, most_grids), tuple(notes))
+        interventions += own
+    return History(run, tuple(curves), _spread(grids, most_grids), tuple(notes), tuple(interventions))
 
 
 def _stage_folder(run: Run, stage: str) -> pathlib.Path:
@@ -291,8 +332,51 @@ def _stage_folder(run: Run, stage: str) -> pathlib.Path:
     return child if child.is_dir() else run.path
 
 
-def _merge(stage: str, files: Sequence["_File"]) -> tuple[list[Curve], list[Grid]]:
+def _interventions(stage: str, path: pathlib.Path) -> list[Intervention]:
+    """The file's lines, but those that are not whole. One that is told again, by a run that was killed and came to the
+    same point, counts once."""
+    own = _own(path)
+    if own is None:
+        return []
+    try:
+        with own.open("rb") as file:
+            lines = file.read(_MOST_HEALTH_BYTES).splitlines()
+    except OSError as error:
+        _log.debug("%s is passed over: %s", path, error)
+        return []
+    found = {(each.attempt, each.to_images is None): each for line in lines if (each := _intervention(stage, line))}
+    return sorted(found.values(), key=lambda each: each.time_s)
+
+
+def _intervention(stage: str, line: bytes) -> Intervention | None:
+    try:
+        told = json.loads(line)
+        to_images = told["to_images"]
+        return Intervention(
+            stage,
+            float(told["time_s"]),
+            int(told["images_seen"]),
+            None if to_images is None else int(to_images),
+            int(told["attempt"]),
+            " ".join(str(finding["what"]) for finding in told["findings"] if finding["level"] == "bad"),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _leads_nowhere(images_seen: int, wall_s: float, interventions: Sequence[Intervention]) -> bool:
+    """Whether the training went back to before it, later."""
+    return any(
+        each.to_images is not None and wall_s <= each.time_s and images_seen > each.to_images for each in interventions
+    )
+
+
+def _merge(
+    stage: str, files: Sequence["_File"], interventions: Sequence[Intervention]
+) -> tuple[list[Curve], list[Grid]]:
     """A stage's sessions as one. Of points at one step the one that was written last counts."""
+    if interventions:
+        files = [file.without(interventions) for file in files]
     points: list[_Point] = []
     grids: list[Grid] = []
     for file in sorted(files, key=lambda file: file.began_s):
@@ -335,6 +419,14 @@ class _File:
     grids: list[Grid] = dataclasses.field(default_factory=list)
     began_s: float = 0.0
     note: str = ""
+
+    def without(self, interventions: Sequence[Intervention]) -> "_File":
+        """Itself without what the training went back over."""
+        return dataclasses.replace(
+            self,
+            points=[each for each in self.points if not _leads_nowhere(each.images_seen, each.wall_s, interventions)],
+            grids=[each for each in self.grids if not _leads_nowhere(each.images_seen, each.wall_s, interventions)],
+        )
 
     def first_step(self) -> int | None:
         """None for a file without points and grids."""

@@ -98,6 +98,7 @@ def tiny_batch(parts: artifact.Parts, count: int = 4, step: int = 0, seed: int =
         uncond=parts.text.encode([""] * count, size),
         negative=parts.text.encode(["a mess"] * count, size),
         step=step,
+        rows=range(count),
         seed=(seed,),
     )
 

@@ -1,43 +1,39 @@
 """Distil a teacher into a 1-4 step student: `accelerate launch -m training.distill --config shapes_add`.
 
-Run the same command again to go on where it stopped. The averaged student is exported to `<out>/student` as a plain
-diffusers folder with `distillation.json`.
+Run the same command again to go on where it stopped. The averaged student is exported to `<out>/student`, as a plain
+diffusers folder, or as a LoRA file, with `distillation.json`. `--plan` says what a run will take before it begins.
 """
 
 import argparse
 import copy
 import dataclasses
-import datetime
 import logging
 import math
 import pathlib
 import statistics
-import subprocess
-from typing import Any
 
 import accelerate
-import numpy as np
 import torch
-from accelerate import InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.utils import tensorboard
+from torch.nn import functional
 
-import diffusion_kd
-from diffusion_kd import artifact, errors, files, pipeline
+from diffusion_kd import artifact, errors, files, licences, pipeline
 from diffusion_kd.denoiser import Denoiser
-from diffusion_kd.networks import features
+from diffusion_kd.networks import features, lora
 from diffusion_kd.objectives import add
-from diffusion_kd.objectives.base import Batch, Objective
 from diffusion_kd.shapes import model
+from training import cache, compute, data, feed, loop, parallel, release, tracking
 from training import config as configs
-from training import data, loop
 
 _log = logging.getLogger(__name__)
 
+SAMPLE_SEEDS = 2
+"""Pictures of each fixed prompt at each report: how different they are is their diversity."""
+
 
 @dataclasses.dataclass
-class DistillConfig:
-    """All settings of a distillation.
+class DistillConfig(compute.ComputeConfig):
+    """All settings of a distillation. Those of how it computes are `compute.ComputeConfig`'s.
 
     objective: keys of `add.ADDConfig`. training: keys of `loop.LoopConfig`.
     scenes: how many shapes scenes are drawn (unused with --data or --prompts).
@@ -45,15 +41,19 @@ class DistillConfig:
         `dinov2` or `dinov2:PATH` (ViT-S/14, as in ADD), `open_clip:ARCHITECTURE:WEIGHTS`.
     negative_prompt: for the nfsd weighting alone, which needs one.
     discriminator_learning_rate: of the heads; their Adam has beta1 = 0.
-    precision: of the networks' arithmetic: fp32 or bf16. Weights, x0 and losses stay float32.
+    size_px: height and width to train and to sample at; 0: the teacher's own, 1024 for SDXL. A prepared cache has sizes
+        of its own, of about this area.
+    pixel_decoder: a small AutoencoderTiny (TAESDXL), by folder or hub id, that decodes wherever pictures are looked at;
+        empty: the teacher's own decoder, which takes a multiple of the memory.
     """
 
     seed: int = 0
+    size_px: int = 0
     scenes: int = 120_000
     feature_network: str = "shapes-encoder"
     negative_prompt: str = ""
     discriminator_learning_rate: float = 1e-3
-    precision: str = "bf16"
+    pixel_decoder: str = ""
     objective: add.ADDConfig = dataclasses.field(default_factory=add.ADDConfig)
     training: loop.LoopConfig = dataclasses.field(
         default_factory=lambda: loop.LoopConfig(
@@ -65,6 +65,7 @@ class DistillConfig:
         eyes = self.feature_network.split(":")
         configs.require_seed(self.seed)
         for name, fits, wanted in (
+            ("size_px", self.size_px >= 0, "0 (the teacher's own) or more"),
             ("scenes", self.scenes >= data.ShapesImages.group_size, f"{data.ShapesImages.group_size} or more"),
             (
                 "feature_network",
@@ -72,7 +73,6 @@ class DistillConfig:
                 "open_clip:ARCHITECTURE:WEIGHTS",
             ),
             ("discriminator_learning_rate", 0 < self.discriminator_learning_rate < math.inf, "a number above 0"),
-            ("precision", self.precision in ("fp32", "bf16"), "fp32 or bf16"),
             (
                 "negative_prompt",
                 self.objective.weighting != "nfsd" or bool(self.negative_prompt.strip()),
@@ -80,6 +80,36 @@ class DistillConfig:
             ),
         ):
             errors.require(fits, name, getattr(self, name), wanted)
+        self.check()
+        if self.lora_rank and self.objective.latent_weight and self.gradient_checkpointing:
+            raise errors.ConfigError(
+                "options contradict each other: latent_weight with lora_rank and gradient_checkpointing: the teacher's "
+                "features would be computed anew with the student's adapters; set one of the three to 0 or false"
+            )
+
+    def micro_batch(self, processes: int) -> int:
+        """Examples that a process computes at once."""
+        return self.training.batch_size // processes // self.training.accumulate
+
+    def check_shares(self, processes: int) -> None:
+        """Raise ConfigError if the method cannot do with so few examples at once."""
+        few = self.objective.mismatch_weight > 0 and self.micro_batch(processes) < 2
+        errors.require(
+            not few,
+            "mismatch_weight",
+            self.objective.mismatch_weight,
+            "0 where a process has one example at a time: its caption has no neighbour to be mistaken for",
+        )
+
+    def decisive(self) -> dict[str, object]:
+        """The settings that decide what is learnt, besides how long, or how a checkpoint looks."""
+        own = ("seed", "size_px", "scenes", "feature_network", "negative_prompt", "pixel_decoder")
+        return {
+            **super().decisive(),
+            **{name: getattr(self, name) for name in (*own, "discriminator_learning_rate")},
+            "objective": dataclasses.asdict(self.objective),
+            "training": self.training.decisive(),
+        }
 
     def check_size(self, size_px: int, *, shapes: bool) -> None:
         """Raise ConfigError if a teacher of this size cannot learn from shapes (if asked to) or be judged as set."""
@@ -107,146 +137,201 @@ def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
     return pipeline.load_feature_network(name)
 
 
-def launch(config: DistillConfig) -> accelerate.Accelerator:
-    """This process among its fellows; they wait up to a day for one another, for one may draw or export alone."""
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))
-    precision = "no" if config.precision == "fp32" else config.precision
-    return accelerate.Accelerator(mixed_precision=precision, kwargs_handlers=[patience])
-
-
 class Distillation:
     """One run: a teacher, its student, the data and a folder.
 
-    start: a student to go on from, by name or folder; the teacher itself if None.
-    parts: the teacher, if it is loaded already. accelerator: from `launch`, if it is made already.
-    Raises ModelError if the start is not of the teacher's architecture.
+    images: captioned images, or a prepared cache. start: a student to go on from, by name or folder; the teacher itself
+    if None. parts: the teacher, if it is loaded already. accelerator: from `compute.launch`, if it is made already.
+    Raises ModelError if the start is not of the teacher's architecture, ConfigError if it cannot be what is asked for.
     """
 
     def __init__(
         self,
         config: DistillConfig,
         teacher: str,
-        images: data.CaptionedImages,
+        images: data.CaptionedImages | cache.CachedImages,
         folder: pathlib.Path,
         *,
         start: str | None = None,
         parts: artifact.Parts | None = None,
         accelerator: accelerate.Accelerator | None = None,
+        acceptance: licences.Acceptance | None = None,
+        teacher_licence: str = "",
     ) -> None:
-        self.config, self.teacher_name, self.images, self.folder = config, teacher, images, folder
-        self.start = start
-        self.code = _code_version()
-        self.accelerator = accelerator or launch(config)
-        self.parts = (parts or artifact.load(teacher)).to(self.accelerator.device)
+        self.config, self.teacher_name, self.folder = config, teacher, folder
+        self.start, self.teacher_licence = start, teacher_licence
+        self.acceptance = acceptance or licences.Acceptance()
+        self.code = release.code_version()
+        self.accelerator = accelerator or compute.launch(config)
+        config.check_shares(self.accelerator.num_processes)
+        self.parts = parts or load_teacher(config, teacher)
+        if config.size_px:
+            self.parts.unet.register_to_config(sample_size=config.size_px // self.parts.downscale)
         torch.manual_seed(config.seed)
-        student = copy.deepcopy(self.parts.denoiser())
-        if start is not None:
-            _go_on_from(student, self.parts, start)
-        student.requires_grad_(True)
-        self.objective: Objective = add.ADD(
+        self.objective = self._objective(self.accelerator.device)
+        self.feed = self._feed(images)
+
+    def _objective(self, device: torch.device) -> add.ADD:
+        """Frozen networks go to the device in their own precision; the student starts from the full one."""
+        config, teacher = self.config, self.parts.denoiser()
+        if config.lora_rank and self.start is None:
+            student, teacher = teacher, lora.WithoutAdapters(teacher.unet, teacher.schedule, teacher.prediction_type)
+        else:
+            student = copy.deepcopy(teacher)
+        if self.start is not None:
+            _go_on_from(student, self.parts, self.start)
+        self.parts.to(device, config.frozen_dtype)
+        decoder = artifact.load_tiny_decoder(config.pixel_decoder) if config.pixel_decoder else self.parts.vae
+        eyes = load_feature_network(config.feature_network, self.parts.size_px)
+        objective = add.ADD(
             config.objective,
-            student=student,
-            teacher=self.parts.denoiser(),
-            vae=self.parts.vae,
-            feature_network=load_feature_network(config.feature_network, self.parts.size_px).to(
-                self.accelerator.device
-            ),
+            student=student.to(device),
+            teacher=teacher,
+            vae=nn.Module.to(decoder, device, config.frozen_dtype) if config.pixel_decoder else decoder,
+            feature_network=eyes.to(device, config.frozen_dtype),
         )
+        config.prepare(student.unet, device)  # last: the objective has frozen what it shares with the teacher
+        return objective
+
+    def _feed(self, images: data.CaptionedImages | cache.CachedImages) -> feed.Feed:
+        encoder = feed.Encoder(self.parts, self.accelerator, self.config.negative_prompt)
+        if not isinstance(images, cache.CachedImages):
+            return feed.ImageFeed(images, encoder, self.config.seed)
+        looks = self.objective.decode if self.config.objective.looks else None
+        return feed.CacheFeed(images, encoder, self.config.seed, decode=looks)
 
     def run(self) -> pathlib.Path:
-        """Train and export. Returns the artifact's folder. Raises ConfigError if another run stands in its own."""
+        """Train and export. Returns the artifact's folder.
+
+        Raises ConfigError if another run stands in its own, ArtifactError if a licence forbids the student.
+        """
+        if self.accelerator.is_main_process:
+            release.require_licences(self._origin(), self.acceptance, teacher_licence=self.teacher_licence)
         self._claim()
+        loop.fit(
+            self.accelerator,
+            self._learners(),
+            lambda place: {"batch": self.feed.batch(place)},
+            self.config.training,
+            self.folder / "training",
+            averaged=self.objective.student.unet,
+            computing=self.config,
+            on_report=self._show_samples,
+        )
+        return self._export()
+
+    def _learners(self) -> list[loop.Learner]:
         rates = {
             "student": self.config.training.learning_rate,
             "discriminator": self.config.discriminator_learning_rate,
         }
         betas = {"student": (0.9, 0.99), "discriminator": (0.0, 0.99)}
-        learners = [
-            loop.Learner(phase.name, phase, rates[phase.name], betas[phase.name]) for phase in self.objective.phases
+        large = {"student": self.objective.student.unet}
+        return [
+            loop.Learner(phase.name, phase, rates[phase.name], betas[phase.name], large.get(phase.name))
+            for phase in self.objective.phases
         ]
-        averaged = loop.fit(
-            self.accelerator,
-            learners,
-            self._draw,
-            self.config.training,
-            self.folder / "training",
-            averaged=self.objective.student.unet,
-            on_report=self._show_samples,
-        )
-        if self.accelerator.is_main_process:
-            self._export(averaged)
-        self.accelerator.wait_for_everyone()
-        return self.folder / "student"
 
     def _claim(self) -> None:
-        origin = {"teacher": self.teacher_name, "start": self.start, "data": self.images.source}
-        settings = dataclasses.asdict(self.config) | {"training": self.config.training.decisive()}
         first = self.accelerator.is_main_process
-        configs.claim(self.folder, origin | settings, write=first)
+        configs.claim(self.folder, self._origin() | self.config.decisive(), write=first)
         if first:
             configs.save(self.config, self.folder / "config.yaml")
 
-    def _draw(self, step: int, count: int) -> dict[str, Any]:
-        rank = self.accelerator.process_index
-        rng = np.random.default_rng((self.config.seed, step, rank))
-        indices = [int(index) for index in rng.integers(len(self.images), size=count)]
-        images = data.to_tensor(self.images.images_uint8(indices)).to(self.accelerator.device)
-        size = (images.shape[-2], images.shape[-1])
-        cond = self.parts.text.encode(self.images.captions(indices, step), size)
-        negative = self.config.negative_prompt
-        batch = Batch(
-            images=images,
-            latents=self._encode(images),
-            cond=cond,
-            uncond=pipeline.no_prompt(cond),
-            negative=self.parts.text.encode([negative] * count, size) if negative else None,
-            step=step,
-            seed=(self.config.seed, rank),
-        )
-        return {"batch": batch}
+    def _origin(self) -> dict[str, object]:
+        origin = {"teacher": self.teacher_name, "start": self.start, "data": self.feed.source}
+        return origin | ({"data_licences": self.feed.licences} if self.feed.licences else {})
 
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        vae = self.parts.vae
-        with self.accelerator.autocast():
-            return vae.encode(images).latent_dist.mean.float() * vae.config.scaling_factor  # type: ignore[no-any-return]
+    # --- pictures and the artifact ---
 
-    def _student_parts(self, unet: nn.Module) -> artifact.Parts:
-        scheduler = artifact.student_scheduler(self.parts.scheduler, self.config.objective.student_steps)
-        return dataclasses.replace(self.parts, unet=unet, scheduler=scheduler)
+    def _student_parts(self, unet: nn.Module, others: artifact.Parts) -> artifact.Parts:
+        scheduler = artifact.student_scheduler(others.scheduler, self.config.objective.student_steps)
+        return dataclasses.replace(others, unet=unet, scheduler=scheduler)
 
-    def _show_samples(self, images_seen: int, unet: nn.Module, writer: tensorboard.SummaryWriter) -> None:
-        """The same eight captions and seeds every time, a row for each step count, to TensorBoard."""
-        timesteps = pipeline.trained_timesteps(self.config.objective.student_steps)
-        student = pipeline.FewStepPipeline(self._student_parts(unet), {int(n): t for n, t in timesteps.items()})
-        count = min(8, len(self.images))
-        captions = self.images.captions([index * len(self.images) // count for index in range(count)], 0)
-        rows = [student(captions, range(len(captions)), steps=steps) for steps in sorted(student.timesteps)]
-        grid = torch.cat([torch.cat(list(row), -1) for row in rows], -2)
-        writer.add_image("samples", (grid + 1) / 2, images_seen)
+    def _show_samples(self, images_seen: int, progress: tracking.Progress) -> Tensor:
+        """The same eight captions and seeds every time, a row for each step count.
 
-    def _export(self, unet: nn.Module) -> None:
-        parts = self._student_parts(unet)
-        artifact.export_student(
-            self.folder / "student",
-            parts=parts,
-            distillation=artifact.Distillation(
-                objective="add",
-                student_timesteps=pipeline.trained_timesteps(self.config.objective.student_steps),
-                prediction_type=parts.scheduler.config.prediction_type,
-                size_px=parts.size_px,
-                lineage={
-                    "teacher": self.teacher_name,
-                    "start": self.start,
-                    "data": self.images.source,
-                    "images_seen": loop.images_seen(self.folder / "training", self.config.training),
-                    "seed": self.config.seed,
-                    "config": dataclasses.asdict(self.config),
-                    "code": self.code,
+        Returns pictures of the same captions from several seeds, in one step: (prompts, seeds, 3, H, W) in [-1, 1].
+        """
+        timesteps = {int(n): t for n, t in pipeline.trained_timesteps(self.config.objective.student_steps).items()}
+        student = pipeline.FewStepPipeline(self._student_parts(self.objective.student.unet, self.parts), timesteps)
+        captions = self.feed.prompts(8)
+        count = len(captions)
+        rows = {steps: self._sample(student, captions, range(count), steps) for steps in sorted(timesteps)}
+        progress.picture("samples", torch.cat([torch.cat(list(row), -1) for row in rows.values()], -2), images_seen)
+        eyes = self.objective.feature_network
+        if isinstance(eyes, features.TextImageNetwork):
+            progress.log(
+                {
+                    f"samples/{n}_steps/clip_score[{eyes.name}]": _agreement(eyes, row, captions)
+                    for n, row in rows.items()
                 },
-            ),
+                images_seen,
+            )
+        more = [
+            self._sample(student, captions, range(count * seed, count * (seed + 1)), 1)
+            for seed in range(1, SAMPLE_SEEDS)
+        ]
+        return torch.stack([rows[1], *more], 1)
+
+    def _sample(self, student: pipeline.FewStepPipeline, captions: list[str], seeds: range, steps: int) -> Tensor:
+        """No more pictures at once than a training step makes, as so many fit."""
+        size = max(1, self.config.micro_batch(self.accelerator.num_processes))
+        with self.accelerator.autocast():
+            return torch.cat(
+                [
+                    student(captions[first : first + size], seeds[first : first + size], steps=steps)
+                    for first in range(0, len(captions), size)
+                ]
+            )
+
+    def _export(self) -> pathlib.Path:
+        """Every process takes part, as each may hold a shard of the student; the main one writes."""
+        folder = self.folder / "student"
+        unet = parallel.on_cpu(self.objective.student.unet)
+        if self.accelerator.is_main_process:
+            # Frozen parts in half precision are good enough to train by and not to hand on.
+            others = self.parts if self.config.frozen_precision == "fp32" else artifact.load(self.teacher_name)
+            parts = self._student_parts(unet, others)
+            release.export(
+                folder,
+                parts=parts,
+                distillation=self._distillation(parts),
+                lora=self.config.lora_rank > 0,
+                acceptance=self.acceptance,
+                teacher_licence=self.teacher_licence,
+            )
+            _log.info("exported %s", folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _distillation(self, parts: artifact.Parts) -> artifact.Distillation:
+        lineage = self._origin() | {
+            "images_seen": loop.images_seen(self.folder / "training", self.config.training),
+            "seed": self.config.seed,
+            "config": dataclasses.asdict(self.config),
+            "code": self.code,
+        }
+        return artifact.Distillation(
+            objective="add",
+            student_timesteps=pipeline.trained_timesteps(self.config.objective.student_steps),
+            prediction_type=parts.scheduler.config.prediction_type,
+            size_px=parts.size_px,
+            lineage=lineage,
         )
-        _log.info("exported %s", self.folder / "student")
+
+
+def load_teacher(config: DistillConfig, name: str, base: str | None = None) -> artifact.Parts:
+    """In full precision, as a student starts from it; adapters start from nothing, so the precision to keep will do."""
+    return artifact.load(name, dtype=config.frozen_dtype if config.lora_rank else torch.float32, base=base)
+
+
+def _agreement(eyes: features.TextImageNetwork, images: Tensor, captions: list[str]) -> float:
+    """Mean cosine of pictures (B, 3, H, W) and their captions."""
+    weight = next(eyes.parameters())
+    with torch.no_grad():
+        seen = eyes(images.to(weight)).vector
+        return float(functional.cosine_similarity(seen.float(), eyes.embed_text(captions).float()).mean())
 
 
 def _go_on_from(student: Denoiser, teacher: artifact.Parts, start: str) -> None:
@@ -281,30 +366,48 @@ def _same_weights(module: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _code_version() -> str:
-    """The package's version and, in a checkout with git at hand, its commit."""
-    here = pathlib.Path(__file__).parent
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        asked = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return diffusion_kd.__version__
-    return f"{diffusion_kd.__version__}+{asked.stdout.strip()}" if asked.returncode == 0 else diffusion_kd.__version__
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.distill", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="shapes_add", help="a YAML file or a name in training/configs")
-    parser.add_argument("--teacher", default="shapes-teacher", help="an SDXL-layout folder, a hub id or shapes-teacher")
+    parser.add_argument(
+        "--teacher",
+        default="shapes-teacher",
+        help="an SDXL-layout folder, a .safetensors file, a hub id or shapes-teacher",
+    )
+    parser.add_argument("--base", help="configs and tokenizers for a .safetensors file: a folder or a hub id")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", type=pathlib.Path, help="a folder with images and metadata.jsonl instead of shapes")
+    source.add_argument("--data", type=pathlib.Path, help="a cache of training.prepare, or a folder of images")
     source.add_argument(
         "--prompts", type=pathlib.Path, help="a text file, a prompt a line: the teacher makes the images"
     )
     parser.add_argument("--student", help="an earlier student to go on from (a folder, a hub id or shapes-student)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
+    release.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
     return parser.parse_intermixed_args(arguments)
+
+
+def open_data(
+    given: argparse.Namespace, config: DistillConfig, parts: artifact.Parts, accelerator: accelerate.Accelerator
+) -> data.CaptionedImages | cache.CachedImages:
+    """What to learn from, as the command line names it. Raises DataError, or ConfigError if it does not fit."""
+    size_px = config.size_px or parts.size_px
+    config.check_size(size_px, shapes=given.data is None and given.prompts is None)
+    if given.data is not None and cache.is_cache(given.data):
+        return cache.CachedImages(given.data, parts)
+    if given.data is not None:
+        return data.FolderImages(given.data, size_px)
+    if given.prompts is None:
+        return data.ShapesImages(config.scenes, config.seed)
+    return data.teacher_images(
+        given.teacher,
+        given.prompts,
+        given.out / "teacher_images",
+        parts=parts,
+        accelerator=accelerator,
+        guidance_scale=statistics.mean(config.objective.teacher_guidance),
+        seed=config.seed,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,27 +415,20 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(DistillConfig, given.config, given.overrides)
     files.check_folder(given.out)
-    accelerator = launch(config)
-    parts = artifact.load(given.teacher)
-    config.check_size(parts.size_px, shapes=given.data is None and given.prompts is None)
-    if given.data is not None:
-        images: data.CaptionedImages = data.FolderImages(given.data, parts.size_px)
-    elif given.prompts is not None:
-        images = data.teacher_images(
-            given.teacher,
-            given.prompts,
-            given.out / "teacher_images",
-            parts=parts,
-            accelerator=accelerator,
-            guidance_scale=statistics.mean(config.objective.teacher_guidance),
-            seed=config.seed,
-        )
-    else:
-        images = data.ShapesImages(config.scenes, config.seed)
-    distillation = Distillation(
-        config, given.teacher, images, given.out, start=given.student, parts=parts, accelerator=accelerator
-    )
-    distillation.run()
+    accelerator = compute.launch(config)
+    parts = load_teacher(config, given.teacher, base=given.base)
+    Distillation(
+        config,
+        given.teacher,
+        open_data(given, config, parts, accelerator),
+        given.out,
+        start=given.student,
+        parts=parts,
+        accelerator=accelerator,
+        acceptance=release.acceptance(given),
+        teacher_licence=given.teacher_licence,
+    ).run()
+    compute.close(accelerator)
 
 
 if __name__ == "__main__":

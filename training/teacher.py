@@ -16,20 +16,21 @@ import dataclasses
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffusion_kd import artifact, conditioning, errors, files, types
+from diffusion_kd.networks import attention
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.shapes import model
 from training import config as configs
-from training import data, loop, stages
+from training import compute, data, loop, stages
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Build:
         self, config: TeacherConfig, folder: pathlib.Path, images: data.CaptionedImages, *, train_further: bool = True
     ) -> None:
         self.train_further = train_further
-        self.accelerator = accelerate.Accelerator(mixed_precision="bf16")
+        self.accelerator = compute.launch(compute.ComputeConfig())
         self.config, self.folder, self.images = config, folder, images
         kept = ("seed", "prediction_type", "caption_dropout", "cell_weight", "kl_weight")
         origin = {"data": images.source} | {key: getattr(config, key) for key in kept}
@@ -122,7 +123,7 @@ class Build:
         self.vae = model.build_vae()
         self.unet = model.build_unet()
         if self.accelerator.device.type == "cpu":
-            model.use_plain_attention(self.unet)
+            attention.use(self.unet, "plain")
 
     def _tokenizer(self) -> transformers.CLIPTokenizer:
         """Learnt from the captions once; a run that goes on reads what it learnt."""
@@ -136,12 +137,14 @@ class Build:
         self.accelerator.wait_for_everyone()
         return transformers.CLIPTokenizer.from_pretrained(folder)
 
-    def _rng(self, stage: int, step: int) -> np.random.Generator:
-        return np.random.default_rng((self.config.seed, stage, step, self.accelerator.process_index))
+    def _rng(self, stage: int, place: loop.Place) -> np.random.Generator:
+        """For the whole batch, of which each process takes its rows: so their number changes nothing."""
+        return np.random.default_rng((self.config.seed, *place.seed, stage, place.step))
 
-    def _pick(self, rng: np.random.Generator, count: int, group_size: int = 1) -> list[int]:
-        groups = rng.integers(len(self.images) // group_size, size=-(-count // group_size))
-        return [int(group) * group_size + member for group in groups for member in range(group_size)][:count]
+    def _pick(self, rng: np.random.Generator, place: loop.Place, group_size: int = 1) -> list[int]:
+        groups = rng.integers(len(self.images) // group_size, size=-(-place.batch_size // group_size))
+        drawn = [int(group) * group_size + member for group in groups for member in range(group_size)]
+        return [drawn[row] for row in place.rows]
 
     def _tokens(self, indices: list[int], seed: int) -> dict[str, Tensor]:
         ids, ids_2 = self.text.tokenize(self.images.captions(indices, seed))
@@ -155,19 +158,22 @@ class Build:
         device = self.accelerator.device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
-    def _fit(self, stage: str, module: nn.Module, draw: Callable[[int, int], dict[str, Any]]) -> Any:
+    def _fit(self, stage: str, module: nn.Module, draw: loop.Draw) -> None:
+        """Train `module`, or restore it; it holds its average afterwards."""
         config: loop.LoopConfig = getattr(self.config, stage)
         learner = loop.Learner(stage, module, config.learning_rate)
-        train = loop.fit if self.train_further else loop.restore
-        return train(self.accelerator, [learner], draw, config, self.folder / stage, averaged=module)
+        if self.train_further:
+            loop.fit(self.accelerator, [learner], draw, config, self.folder / stage, averaged=module)
+        else:
+            loop.restore(self.accelerator, [learner], config, self.folder / stage, averaged=module)
 
     def train_contrastive(self) -> None:
-        def draw(step: int, count: int) -> dict[str, Any]:
-            indices = self._pick(self._rng(1, step), count, self.images.group_size)
+        def draw(place: loop.Place) -> dict[str, Any]:
+            indices = self._pick(self._rng(1, place), place, self.images.group_size)
             return self._to_device(
                 {
                     "images": data.to_tensor(self.images.images_uint8(indices)),
-                    **self._tokens(indices, step),
+                    **self._tokens(indices, place.step),
                     "labels": self._labels(indices),
                     "cell_weight": 10 * self.config.cell_weight,
                 }
@@ -179,14 +185,14 @@ class Build:
         self.clip = model.join_clip(self.text.text_encoder_2, self.image_encoder)
 
     def train_vae(self) -> None:
-        def draw(step: int, count: int) -> dict[str, Any]:
-            rng = self._rng(2, step)
-            indices = self._pick(rng, count)
-            shape = (count, model.LATENT_CHANNELS, model.LATENT_SIZE, model.LATENT_SIZE)
+        def draw(place: loop.Place) -> dict[str, Any]:
+            rng = self._rng(2, place)
+            indices = self._pick(rng, place)
+            shape = (place.batch_size, model.LATENT_CHANNELS, model.LATENT_SIZE, model.LATENT_SIZE)
             return self._to_device(
                 {
                     "images": data.to_tensor(self.images.images_uint8(indices)),
-                    "noise": torch.from_numpy(rng.standard_normal(shape, np.float32)),
+                    "noise": _rows(rng.standard_normal(shape, np.float32), place),
                     "labels": self._labels(indices),
                     "cell_weight": self.config.cell_weight,
                 }
@@ -258,12 +264,13 @@ class Build:
     def train_decoder(self) -> None:
         latents, _ = self.cache_latents()
 
-        def draw(step: int, count: int) -> dict[str, Any]:
-            rng = self._rng(4, step)
-            indices = self._pick(rng, count)
+        def draw(place: loop.Place) -> dict[str, Any]:
+            rng = self._rng(4, place)
+            indices = self._pick(rng, place)
             chosen = latents[indices].float()
-            strength = torch.from_numpy(rng.random((count, 1, 1, 1), np.float32)) * _DECODER_NOISE
-            shaken = chosen + strength * torch.from_numpy(rng.standard_normal(chosen.shape, np.float32))
+            whole = (place.batch_size, *chosen.shape[1:])
+            strength = _rows(rng.random((place.batch_size, 1, 1, 1), np.float32), place) * _DECODER_NOISE
+            shaken = chosen + strength * _rows(rng.standard_normal(whole, np.float32), place)
             return self._to_device({"latents": shaken, "images": data.to_tensor(self.images.images_uint8(indices))})
 
         self._fit("decoder", stages.Decoding(self.vae), draw)
@@ -277,25 +284,25 @@ class Build:
         for unused in (self.text.text_encoder.encoder.layers[-1], self.text.text_encoder.final_layer_norm):
             unused.requires_grad_(False)
 
-        def draw(step: int, count: int) -> dict[str, Any]:
-            rng = self._rng(3, step)
-            indices = self._pick(rng, count)
+        def draw(place: loop.Place) -> dict[str, Any]:
+            rng = self._rng(3, place)
+            indices = self._pick(rng, place)
             chosen = latents[indices].float()
+            count = place.batch_size
             strata = (rng.permutation(count) + rng.random(count)) / count
             return self._to_device(
                 {
                     "latents": chosen,
-                    "noise": torch.from_numpy(rng.standard_normal(chosen.shape, np.float32)),
-                    "timesteps": torch.from_numpy((strata * len(schedule)).astype(np.int64)),
-                    **self._tokens(indices, step),
-                    "dropped": torch.from_numpy(rng.random(count) < self.config.caption_dropout),
+                    "noise": _rows(rng.standard_normal((count, *chosen.shape[1:]), np.float32), place),
+                    "timesteps": _rows((strata * len(schedule)).astype(np.int64), place),
+                    **self._tokens(indices, place.step),
+                    "dropped": _rows(rng.random(count) < self.config.caption_dropout, place),
                     "labels": None if labels is None else labels[indices].long(),
                     "cell_weight": self.config.cell_weight,
                 }
             )
 
-        averaged = self._fit("unet", module, draw)
-        self.unet, self.text = averaged.unet, averaged.text
+        self._fit("unet", module, draw)
 
     def train(self) -> None:
         """Run all stages, each going on from its checkpoint, then export."""
@@ -312,6 +319,11 @@ class Build:
         with files.written_whole(self.folder / "encoder") as unfinished:
             model.save_clip(self.clip, self.text.tokenizers[0], unfinished)
         _log.info("exported %s and %s", self.folder / "teacher", self.folder / "encoder")
+
+
+def _rows(drawn: NDArray[Any], place: loop.Place) -> Tensor:
+    """This process's rows of what was drawn for the whole batch."""
+    return torch.from_numpy(drawn[place.rows.start : place.rows.stop])
 
 
 def main(arguments: list[str] | None = None) -> None:

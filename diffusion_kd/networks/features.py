@@ -283,3 +283,14 @@ def load_clip(folder: pathlib.Path, name: str) -> ClipFeatures:
     return ClipFeatures(
         clip, tokenizer, name, mean=config.get("image_mean", _CLIP_MEAN), std=config.get("image_std", _CLIP_STD)
     )
+
+
+def clip_architecture(folder: pathlib.Path, name: str) -> ClipFeatures:
+    """The network that `load_clip` would load, on the device `meta`: no weight is read. Raises ModelError."""
+    try:
+        config = transformers.CLIPConfig.from_pretrained(folder)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise errors.ModelError(f"{name} is not a CLIP model: {errors.first_line(error)}") from None
+    with torch.device("meta"):
+        return ClipFeatures(transformers.CLIPModel(config), tokenizer, name)

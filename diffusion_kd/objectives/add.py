@@ -24,12 +24,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffusion_kd import errors, schedule
 from diffusion_kd.denoiser import Denoiser
+from diffusion_kd.draws import Draws
 from diffusion_kd.losses import adversarial, distillation, perceptual
 from diffusion_kd.networks import discriminator, features
 from diffusion_kd.objectives.base import Batch, Phase
@@ -228,25 +228,23 @@ class ADD:
             told.append(torch.where(at_end[:, None], 0.0, image_vectors))
         return told
 
-    def judge_latents(self, x0: Tensor, batch: Batch, generator: torch.Generator) -> list[Tensor]:
+    def judge_latents(self, x0: Tensor, batch: Batch, draws: Draws) -> list[Tensor]:
         """Latent heads' logits of x0, noised to random timesteps."""
-        low, high = self.config.latent_timesteps
-        timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
-        x_t = self.teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
+        timesteps = draws.integers(*self.config.latent_timesteps).to(x0.device)
+        x_t = self.teacher.schedule.add_noise(x0, draws.normal_like(x0), timesteps)
         maps = self.latent_features(x_t, timesteps, batch.cond)
         told = [batch.cond.pooled.float()] if self.config.text_condition else []
         logits: list[Tensor] = self.heads["latent"](_float(maps), told)
         return logits
 
-    def draw_student_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count,) of the student's timesteps; the last with `terminal_probability`, or all alike."""
+    def draw_student_timesteps(self, draws: Draws) -> Tensor:
+        """(B,) of the student's timesteps; the last with `terminal_probability`, or all alike."""
         share = self.config.terminal_probability
         last = len(self.timesteps) - 1
-        index = torch.randint(0, last + 1, (count,), generator=generator)
-        if share is not None and last > 0:
-            others = torch.randint(0, last, (count,), generator=generator)
-            index = torch.where(torch.rand(count, generator=generator) < share, last, others)
-        return self.timesteps[index]
+        if share is None or last == 0:
+            return self.timesteps[draws.integers(0, last)]
+        others = draws.integers(0, last - 1)
+        return self.timesteps[torch.where(draws.uniform() < share, last, others)]
 
 
 class StudentPhase(Phase):
@@ -261,13 +259,13 @@ class StudentPhase(Phase):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         (objective,) = self._objective
-        config, generator = objective.config, _generator(batch, 0)
-        made = self._make(batch, generator)
+        config, draws = objective.config, batch.draws(0)
+        made = self._make(batch, draws)
         at_end = made.timesteps == objective.timesteps[-1].item()
         seen = _Seen(self._look(batch.images), made.maps) if config.adversarial_weight else None
-        losses = self._adversarial(batch, made.x0, seen, at_end, generator)
+        losses = self._adversarial(batch, made.x0, seen, at_end, draws)
         if config.distillation_weight:
-            losses["distillation"] = config.distillation_weight * self._distillation(batch, made, generator)
+            losses["distillation"] = config.distillation_weight * self._distillation(batch, made, draws)
         if config.trajectory_weight:
             losses["trajectory"] = config.trajectory_weight * self._trajectory(batch, made)
         if seen is not None:
@@ -275,11 +273,11 @@ class StudentPhase(Phase):
         objective.fakes = _Fakes(made.x0.detach(), at_end, seen)
         return losses
 
-    def _make(self, batch: Batch, generator: torch.Generator) -> _Made:
+    def _make(self, batch: Batch, draws: Draws) -> _Made:
         (objective,) = self._objective
         config = objective.config
-        timesteps = objective.draw_student_timesteps(len(batch.cond), generator).to(batch.latents.device)
-        noise = _noise_like(batch.latents, generator)
+        timesteps = objective.draw_student_timesteps(draws).to(batch.latents.device)
+        noise = draws.normal_like(batch.latents)
         x_s = objective.student.schedule.add_noise(batch.latents, noise, timesteps, pure_noise_at_end=True)
         x0 = self.student(x_s, timesteps, batch.cond)
         in_pixels = config.distance_space == "pixel"
@@ -294,7 +292,7 @@ class StudentPhase(Phase):
         return features.Features(_float(seen.maps), seen.vector.float())
 
     def _adversarial(
-        self, batch: Batch, student_x0: Tensor, seen: _Seen | None, at_end: Tensor, generator: torch.Generator
+        self, batch: Batch, student_x0: Tensor, seen: _Seen | None, at_end: Tensor, draws: Draws
     ) -> dict[str, Tensor]:
         (objective,) = self._objective
         config, losses = objective.config, {}
@@ -305,16 +303,16 @@ class StudentPhase(Phase):
                 logits = objective.heads["pixel"](seen.fake_maps, told)
                 losses["adversarial"] = config.adversarial_weight * adversarial.generator_loss(logits)
             if config.latent_weight:
-                logits = objective.judge_latents(student_x0, batch, generator)
+                logits = objective.judge_latents(student_x0, batch, draws)
                 losses["adversarial_latent"] = config.latent_weight * adversarial.generator_loss(logits)
         finally:
             objective.heads.requires_grad_(True)
         return losses
 
-    def _distillation(self, batch: Batch, made: _Made, generator: torch.Generator) -> Tensor:
+    def _distillation(self, batch: Batch, made: _Made, draws: Draws) -> Tensor:
         (objective,) = self._objective
         config = objective.config
-        target, timesteps = self._target(batch, made.x0.detach(), generator)
+        target, timesteps = self._target(batch, made.x0.detach(), draws)
         alpha, sigma = objective.teacher.schedule.at(timesteps)
         weights = distillation.weight(config.weighting, alpha, sigma)  # type: ignore[arg-type]
         if config.distance_space == "latent":
@@ -325,13 +323,12 @@ class StudentPhase(Phase):
         return distillation.distillation_loss(made.images, target, weights)
 
     @torch.no_grad()
-    def _target(self, batch: Batch, x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _target(self, batch: Batch, x0: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """The teacher's estimate of the student's x0, noised to random timesteps; one teacher step."""
         (objective,) = self._objective
         config, teacher = objective.config, objective.teacher
-        low, high = config.teacher_timesteps
-        timesteps = torch.randint(low, high + 1, (len(x0),), generator=generator).to(x0.device)
-        x_t = teacher.schedule.add_noise(x0, _noise_like(x0, generator), timesteps)
+        timesteps = draws.integers(*config.teacher_timesteps).to(x0.device)
+        x_t = teacher.schedule.add_noise(x0, draws.normal_like(x0), timesteps)
         if config.weighting == "nfsd":
             assert batch.negative is not None, "nfsd needs a negative prompt"
             with_text, without, negative = (
@@ -342,7 +339,7 @@ class StudentPhase(Phase):
         guidance: Tensor | float = config.teacher_guidance[0]
         if len(config.teacher_guidance) == 2:
             weakest, strongest = config.teacher_guidance
-            guidance = weakest + (strongest - weakest) * torch.rand(len(x0), generator=generator).to(x0.device)
+            guidance = weakest + (strongest - weakest) * draws.uniform().to(x0.device)
         return teacher.guided(x_t, timesteps, batch.cond, batch.uncond, guidance), timesteps
 
     def _trajectory(self, batch: Batch, made: _Made) -> Tensor:
@@ -383,9 +380,9 @@ class DiscriminatorPhase(Phase):
         if fakes.seen is not None:
             losses |= self._pixel(batch, fakes.seen, fakes.at_end)
         if objective.config.latent_weight:
-            generator = _generator(batch, 1)
-            real = objective.judge_latents(batch.latents, batch, generator)
-            fake = objective.judge_latents(fakes.x0, batch, generator)
+            draws = batch.draws(1)
+            real = objective.judge_latents(batch.latents, batch, draws)
+            fake = objective.judge_latents(fakes.x0, batch, draws)
             losses["hinge_latent"] = adversarial.hinge_discriminator_loss(real, fake)
         return losses
 
@@ -406,10 +403,10 @@ class DiscriminatorPhase(Phase):
             mismatched = heads(real_maps, [part.roll(1, 0) for part in told])
             losses["mismatch"] = config.mismatch_weight * adversarial.hinge_fake_loss(mismatched)
         if config.finite_difference_weight:
-            generator = _generator(batch, 2)
+            draws = batch.draws(2)
             penalty = torch.stack(
                 [
-                    adversarial.finite_difference_penalty(logits, heads(_shaken(maps, generator), told))
+                    adversarial.finite_difference_penalty(logits, heads(_shaken(maps, draws), told))
                     for logits, maps in ((real_logits, real_maps), (fake_logits, fake_maps))
                 ]
             ).sum()
@@ -421,17 +418,9 @@ def _float(maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(layer.float() for layer in maps)
 
 
-def _shaken(maps: Sequence[Tensor], generator: torch.Generator, share: float = 0.05) -> tuple[Tensor, ...]:
-    """Maps with noise of `share` of each map's own deviation."""
-    return tuple(layer + share * layer.detach().std() * _noise_like(layer, generator) for layer in maps)
-
-
-def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit noise drawn on the CPU, so that a seed means the same on every device."""
-    return torch.randn(tensor.shape, generator=generator).to(tensor.device)
-
-
-def _generator(batch: Batch, stream: int) -> torch.Generator:
-    """A generator for one part of one step: resuming changes nothing, and parts do not disturb each other."""
-    state = np.random.SeedSequence((*batch.seed, batch.step, stream)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+def _shaken(maps: Sequence[Tensor], draws: Draws, share: float = 0.05) -> tuple[Tensor, ...]:
+    """Maps with noise of `share` of each example's own deviation."""
+    return tuple(
+        layer + share * layer.detach().std(tuple(range(1, layer.ndim)), keepdim=True) * draws.normal_like(layer)
+        for layer in maps
+    )

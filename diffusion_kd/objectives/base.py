@@ -5,11 +5,13 @@ Adding an objective touches no loop code.
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from diffusion_kd.denoiser import Denoiser
+from diffusion_kd.draws import Draws
 from diffusion_kd.types import Conditioning
 
 
@@ -19,7 +21,8 @@ class Batch:
 
     images: (B, 3, H, W) in [-1, 1]. latents: (B, C, h, w), the same images encoded.
     cond: their captions; uncond: no caption; negative: a negative prompt, which NFSD needs.
-    step: counts batches from 0; lazy regularisation goes by it. seed: decides every random draw of the batch.
+    step: counts batches from 0; lazy regularisation goes by it. rows: the examples' places in the step's whole batch,
+        of which this may be a part. seed: with both of them, it decides every random draw.
     """
 
     images: Tensor
@@ -28,7 +31,11 @@ class Batch:
     uncond: Conditioning
     negative: Conditioning | None
     step: int
+    rows: Sequence[int]
     seed: tuple[int, ...]
+
+    def draws(self, stream: int) -> Draws:
+        return Draws(self.seed, self.step, self.rows, stream)
 
 
 class Phase(nn.Module, abc.ABC):

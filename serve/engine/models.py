@@ -97,7 +97,7 @@ def load_pair(premium: str, turbo: str, *, device: str = "auto", precision: str 
     parts = _share(teacher.parts, student.parts)
     where = _device(device)
     for each in (teacher.parts, parts):
-        _place(each, where, _dtype(precision, where))
+        each.to(where, _dtype(precision, where))
     few = Denoiser(parts.unet, student.denoiser.schedule, student.denoiser.prediction_type)
     return {
         "premium": Model(premium, images.artifact_sha256(premium), teacher.parts, teacher.denoiser),
@@ -144,12 +144,3 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-
-
-def _place(parts: artifact.Parts, device: torch.device, dtype: torch.dtype) -> None:
-    # nn.Module's own `to`: diffusers' and transformers' have opinions of their own on precision.
-    for module in (parts.unet, parts.text):
-        nn.Module.to(module, device, dtype)
-    # SDXL's autoencoder overflows in fp16; diffusers upcasts it too, where its config says so.
-    half = dtype if dtype != torch.float16 or not parts.vae.config.get("force_upcast", True) else torch.float32
-    nn.Module.to(parts.vae, device, half)

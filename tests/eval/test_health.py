@@ -199,6 +199,21 @@ def test_a_short_or_broken_hinge_is_not_judged_by_its_level(points: int) -> None
     assert (finding.level, finding.tag) == (Level.WATCH, "hinge") and "not a finite number" in finding.what
 
 
+@pytest.mark.parametrize(("end", "level"), [(0.04, Level.BAD), (0.09, Level.WATCH), (0.11, None), (0.0, Level.BAD)])
+def test_images_of_one_prompt_that_become_alike(end: float, level: Level | None) -> None:
+    found = health.curve_findings([_curve("diversity", [0.1, 0.2, 0.2, 0.19, 0.2, end])])
+    assert [(finding.level, finding.tag) for finding in found] == ([(level, "diversity")] if level else [])
+
+
+def test_one_lucky_sample_sets_no_measure_for_diversity() -> None:
+    """The best is the median of the three best; where nothing differed, nothing can become alike."""
+    assert health.curve_findings([_curve("diversity", [0.2, 0.9, 0.2, 0.2])]) == []
+    assert health.curve_findings([_curve("diversity", [0.0, 0.0, 0.0])]) == []
+    assert health.curve_findings([_curve("diversity", [0.2])]) == []
+    (finding,) = health.curve_findings([_curve("diversity", [0.2, 0.2, math.nan])])
+    assert finding.level == Level.BAD and "not a finite number" in finding.what
+
+
 # --- how the run stands -----------------------------------------------------------------------------
 
 
@@ -255,6 +270,30 @@ def test_where_reports_are_rare_more_intervals_pass_first(quiet_s: float, worrie
 def test_of_a_run_without_reports_nothing_is_late() -> None:
     active = dataclasses.replace(RUN, active=True, finished=False)
     assert [finding.level for finding in health.judge(runs.History(active, (), (), ()))] == [Level.UNKNOWN]
+
+
+def _intervention(time_s: float, images_seen: int, to_images: int | None) -> runs.Intervention:
+    return runs.Intervention("training", time_s, images_seen, to_images, 1, f"It fell ill at {images_seen}.")
+
+
+def test_roll_backs_are_told() -> None:
+    backs = (_intervention(1.0, 8000, 7200), _intervention(2.0, 9600, 8800))
+    history = dataclasses.replace(_history({}), interventions=backs[:1])
+    (finding,) = [each for each in health.judge(history) if each.level == Level.WATCH]
+    assert (
+        finding.what == "The training rolled back once, last from 8,000 to 7,200 images, because: It fell ill at 8000."
+    )
+    (finding,) = health.judge(dataclasses.replace(history, interventions=backs))
+    assert "rolled back 2 times, last from 9,600 to 8,800 images, because: It fell ill at 9600." in finding.what
+
+
+@pytest.mark.parametrize(("time_s", "levels"), [(2e9, [Level.BAD, Level.WATCH]), (1.0, [Level.WATCH])])
+def test_a_training_that_gave_up_says_so_until_it_goes_on(time_s: float, levels: list[Level]) -> None:
+    """A report that was written later tells that it went on."""
+    gave_up = (_intervention(0.5, 8000, 7200), _intervention(time_s, 9600, None))
+    found = health.judge(dataclasses.replace(_history({}), interventions=gave_up))
+    assert [finding.level for finding in found] == levels
+    assert ("gave up at 9,600 images" in found[0].what) == (levels[0] == Level.BAD)
 
 
 # --- the pictures -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Runs on disk: which are found, that curves read back as they were written, and that nothing damaged is fatal."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from torch.utils import tensorboard
 
 from diffusion_kd import errors
 from eval import runs
-from training import loop, teacher
+from training import checkpoint, health, loop, teacher
 
 Written = dict[int, float]
 NOW_S = 2_000_000_000.0
@@ -122,6 +123,22 @@ def test_a_checkpoint_keeps_a_run_active_and_an_export_ends_it(tmp_path: pathlib
     assert (found.active, found.finished) == (True, False)
 
 
+def test_checkpoints_in_folders_of_their_own(tmp_path: pathlib.Path) -> None:
+    """One that is being written keeps the run active and is none yet; so is what a killed run left."""
+    checkpoints = tmp_path / "training" / runs.CHECKPOINTS
+    unfinished = checkpoints / ".step-000000100.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state.pt").write_bytes(b"half")
+    _write(tmp_path / "training", {"l1": {1: 1.0}})
+    _age(tmp_path, 5000)
+    os.utime(unfinished / "state.pt", (NOW_S - 20, NOW_S - 20))
+    (found,) = runs.find(tmp_path, now_s=NOW_S)
+    assert (found.active, found.checkpoint, found.stages) == (True, False, ("training",))
+    unfinished.rename(checkpoints / "step-000000100")
+    (found,) = runs.find(tmp_path, now_s=NOW_S)
+    assert (found.active, found.checkpoint, found.last_written_s) == (True, True, NOW_S - 20)
+
+
 def test_links_are_not_followed(tmp_path: pathlib.Path) -> None:
     outside, inside = tmp_path / "outside", tmp_path / "inside"
     _write(outside / "secret" / "training", {"l1": {1: 1.0}})
@@ -201,14 +218,15 @@ def test_a_training_that_was_resumed_reads_as_tensorboard_reads_it(tmp_path: pat
         loop.fit(
             accelerate.Accelerator(cpu=True),
             [loop.Learner("student", module, 0.01)],
-            lambda step, count: {"x": torch.full((count, 2), 1.0 + step)},
+            lambda place: {"x": torch.full((2, 2), 1.0 + place.step)},
             config,
             tmp_path / "training",
             averaged=module,
-            on_report=lambda seen, _, writer: writer.add_image("samples", torch.full((3, 8, 16), seen / 255), seen),
+            on_report=lambda seen, progress: progress.picture("samples", torch.full((3, 8, 16), seen / 255), seen),
         )
     history = _history(tmp_path)
-    assert {curve.tag for curve in history.curves} == {"l1", "squared", "student_gradient", "student_skipped"}
+    tags = {"l1", "squared", "student_gradient", "student_skipped", "images_per_s"}
+    assert {curve.tag for curve in history.curves} == tags
     assert (history.run.stages, history.run.checkpoint) == (("training",), True)
     oracle = event_accumulator.EventAccumulator(str(tmp_path / "training"), {"scalars": 0, "images": 0})
     oracle.Reload()
@@ -220,8 +238,73 @@ def test_a_training_that_was_resumed_reads_as_tensorboard_reads_it(tmp_path: pat
     assert [grid.png for grid in history.grids] == [each.encoded_image_string for each in oracle.Images("samples")]
 
 
+def _intervene(stage: pathlib.Path, *told: tuple[float, int, int | None, int]) -> None:
+    """told: when, where, where to, and the attempt."""
+    lines = []
+    for time_s, images_seen, to_images, attempt in told:
+        finding = {"level": "bad", "what": f"It fell ill at {images_seen}.", "advice": "", "stage": "", "tag": "l1"}
+        watched = finding | {"level": "watch", "what": "Nothing much."}
+        line = {"time_s": time_s, "images_seen": images_seen, "to_images": to_images, "attempt": attempt}
+        lines.append(json.dumps(line | {"findings": [finding, watched]}) + "\n")
+    (stage / runs.HEALTH).write_text("".join(lines))
+
+
+def _write_at(stage: pathlib.Path, points: list[tuple[float, int]]) -> None:
+    """Points (when, images seen) of one event file; the value is when."""
+    writer = tensorboard.SummaryWriter(str(stage))
+    for wall_s, step in points:
+        writer.add_scalar("l1", wall_s, step, walltime=wall_s)
+        writer.add_image("samples", torch.zeros(3, 8, 16), step, walltime=wall_s)
+    writer.close()
+
+
+def test_what_a_run_went_back_over_is_left_out(tmp_path: pathlib.Path) -> None:
+    """From 4 to 2 after 40 s, then on to 5: within one file, at once, and only what was written before."""
+    stage = tmp_path / "training"
+    _write_at(stage, [(10, 1), (20, 2), (30, 3), (40, 4)])
+    _intervene(stage, (41.0, 4, 2, 1))
+    history = _history(tmp_path)
+    assert _points(history, "l1") == {1: 10.0, 2: 20.0}
+    assert [grid.images_seen for grid in history.grids] == [1, 2]
+    shutil.rmtree(stage)
+    _write_at(stage, [(10, 1), (20, 2), (30, 3), (40, 4), (50, 3), (60, 4), (70, 5)])
+    _intervene(stage, (41.0, 4, 2, 1))
+    assert _points(_history(tmp_path), "l1") == {1: 10.0, 2: 20.0, 3: 50.0, 4: 60.0, 5: 70.0}
+    assert history.interventions == (runs.Intervention("training", 41.0, 4, 2, 1, "It fell ill at 4."),)
+
+
+def test_an_account_is_read_as_far_as_it_can_be(tmp_path: pathlib.Path) -> None:
+    """A run that was killed and came to the same point tells it twice; a line that is not whole is passed over."""
+    stage = tmp_path / "training"
+    _write(stage, {"l1": {1: 1.0}})
+    _intervene(stage, (10.0, 4, 2, 1), (20.0, 4, 2, 1), (30.0, 8, None, 3))
+    account = stage / runs.HEALTH
+    account.write_text('[1]\n{"time_s": 3}\nnull\n\n' + account.read_text() + '{"time_s": 40.0, "images')
+    found = [(each.time_s, each.to_images) for each in _history(tmp_path).interventions]
+    assert found == [(20.0, 2), (30.0, None)]
+    account.rename(tmp_path / "elsewhere")
+    account.symlink_to(tmp_path / "elsewhere")
+    assert _history(tmp_path).interventions == ()
+    account.unlink()
+    account.mkdir()
+    assert _history(tmp_path).interventions == ()
+
+
+def test_what_the_monitor_writes_is_what_is_read(tmp_path: pathlib.Path) -> None:
+    stage = tmp_path / "training"
+    _write(stage, {"l1": {1: 1.0}})
+    monitor = health.Monitor("rollback", stage)
+    for images_seen in (800, 1600):
+        assert monitor.report(images_seen, {"student_skipped": 1.0}) is health.Decision.ROLL_BACK
+    monitor.rolled_back(400)
+    (told,) = _history(tmp_path).interventions
+    assert (told.stage, told.images_seen, told.to_images, told.attempt) == ("training", 1600, 400, 1)
+    assert told.why.startswith("The student skipped 100% of its steps")
+    assert told.time_s == pytest.approx(time.time(), abs=60)
+
+
 def test_the_names_are_those_of_training() -> None:
-    assert (runs.CHECKPOINT, runs.TEACHER_STAGES) == (loop.CHECKPOINT, teacher.STAGES)
+    assert (runs.CHECKPOINTS, runs.TEACHER_STAGES) == (checkpoint.FOLDER, teacher.STAGES)
 
 
 def test_only_a_file_that_has_changed_is_read_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,61 +5,15 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
-import transformers
 
 from diffusion_kd import artifact, errors, pipeline
-from diffusion_kd.shapes import model
 from tests import toys
+from tests.tiny import SHORT, arguments
 from training import distill
-
-SHORT = ["training.images=8", "training.batch_size=2", "training.warmup_images=0", "precision=fp32"]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with a tiny teacher and a tiny CLIP as its feature network."""
-    folder = tmp_path_factory.mktemp("models")
-    parts = toys.tiny_parts()
-    artifact.save_pipeline(folder / "teacher", parts=parts)
-    config = transformers.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        projection_dim=toys.PROJECTION,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=toys.IMAGE_SIZE_PX,
-        patch_size=4,
-    )
-    text = transformers.CLIPTextModelWithProjection(parts.text.text_encoder_2.config)
-    joined = transformers.CLIPConfig(
-        text_config=text.config.to_dict(), vision_config=config.to_dict(), projection_dim=toys.PROJECTION
-    )
-    transformers.CLIPModel(joined).save_pretrained(folder / "encoder")
-    model.save_tokenizer(parts.text.tokenizers[0], folder / "encoder")
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path: pathlib.Path) -> pathlib.Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    lines = []
-    for index in range(5):
-        PIL.Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(folder / f"{index}.jpg")
-        lines.append(json.dumps({"file_name": f"{index}.jpg", "text": f"picture {index}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def arguments(models: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
-    encoder = f"feature_network={models / 'encoder'}"
-    return ["--teacher", str(models / "teacher"), "--out", str(out), *more, *SHORT, encoder]
 
 
 def test_a_folder_of_pictures_makes_a_student(
@@ -195,9 +149,9 @@ def test_the_teacher_is_loaded_once(
 ) -> None:
     loaded, load = [], artifact.load
 
-    def count(name: str) -> artifact.Parts:
+    def count(name: str, **options: Any) -> artifact.Parts:
         loaded.append(name)
-        return load(name)
+        return load(name, **options)
 
     monkeypatch.setattr(artifact, "load", count)
     distill.main(arguments(models, tmp_path / "run", "--data", str(pictures)))
@@ -213,11 +167,6 @@ def test_a_teacher_of_another_size_needs_pictures_and_eyes_of_its_own(
     with pytest.raises(errors.ConfigError, match="feature_network=dinov2"):
         distill.main([*command, *SHORT])
     assert not (tmp_path / "run").exists()
-
-
-def test_a_machine_without_git_makes_students_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    assert distill._code_version() == distill.diffusion_kd.__version__
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:

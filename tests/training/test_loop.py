@@ -1,6 +1,8 @@
 """The loop: learning rates, resuming bit for bit, skipping what is not finite, and writing whole files."""
 
 import dataclasses
+import errno
+import math
 import pathlib
 from typing import Any
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_kd import errors
-from training import loop
+from diffusion_kd import draws, errors
+from training import checkpoint, loop, tracking
 
 CONFIG = loop.LoopConfig(
     images=40,
@@ -34,16 +36,22 @@ class Toy(nn.Module):
         return {"loss": loss * float("nan") if poison else loss}
 
 
-def draw(step: int, count: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(step)
-    return {"x": torch.randn(count, 3, generator=generator), "poison": False}
+def draw(place: loop.Place) -> dict[str, Any]:
+    return {"x": draws.Draws(place.seed, place.step, place.rows, 0).normal([3]), "poison": False}
 
 
-def fit(folder: pathlib.Path, config: loop.LoopConfig = CONFIG, draw: Any = draw) -> tuple[Toy, nn.Module]:
+def fit(folder: pathlib.Path, config: loop.LoopConfig = CONFIG, draw: Any = draw) -> Toy:
+    """The toy that a training leaves: its average, where one is kept."""
     module = Toy()
     learner = loop.Learner("toy", module, config.learning_rate)
-    average = loop.fit(accelerate.Accelerator(cpu=True), [learner], draw, config, folder, averaged=module)
-    return module, average
+    loop.fit(accelerate.Accelerator(cpu=True), [learner], draw, config, folder, averaged=module)
+    return module
+
+
+def newest(folder: pathlib.Path) -> checkpoint.Checkpoint:
+    found = checkpoint.Checkpoints(folder / checkpoint.FOLDER).newest()
+    assert found is not None
+    return found
 
 
 def test_learning_rate_warms_up_holds_and_falls() -> None:
@@ -59,34 +67,85 @@ def test_a_time_limit_brings_the_learning_rate_down_in_time() -> None:
 
 
 def test_training_learns(tmp_path: pathlib.Path) -> None:
-    module, _ = fit(tmp_path, dataclasses.replace(CONFIG, images=400))
+    module = fit(tmp_path, dataclasses.replace(CONFIG, images=400))
     assert module.line.weight.detach().flatten().tolist() == pytest.approx([1, 1, 1], abs=0.1)
 
 
 def test_a_killed_run_resumed_equals_an_unbroken_one(tmp_path: pathlib.Path) -> None:
-    unbroken, unbroken_average = fit(tmp_path / "unbroken")
+    unbroken = fit(tmp_path / "unbroken")
 
-    def killed(step: int, count: int) -> dict[str, Any]:
-        if step == 13:
+    def killed(place: loop.Place) -> dict[str, Any]:
+        if place.step == 13:
             raise KeyboardInterrupt
-        return draw(step, count)
+        return draw(place)
 
     eager = dataclasses.replace(CONFIG, checkpoint_every_s=0)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "broken", eager, killed)
-    resumed, resumed_average = fit(tmp_path / "broken", eager)
+    resumed = fit(tmp_path / "broken", eager)
     assert torch.equal(resumed.line.weight, unbroken.line.weight)
-    pairs = zip(resumed_average.parameters(), unbroken_average.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    ours, theirs = newest(tmp_path / "broken").state, newest(tmp_path / "unbroken").state
+    for name in ("toy", "toy_optimizer", "average", "sums", "monitor"):
+        assert flat(ours[name]) == flat(theirs[name]), name
 
 
-def test_what_is_not_finite_is_skipped(tmp_path: pathlib.Path) -> None:
-    def poisoned(step: int, count: int) -> dict[str, Any]:
-        return draw(step, count) | {"poison": step % 2 == 1}
+def flat(content: Any) -> Any:
+    """Nested numbers for `==`."""
+    if isinstance(content, dict):
+        return {key: flat(value) for key, value in content.items()}
+    return content.tolist() if isinstance(content, Tensor) else content
 
-    module, average = fit(tmp_path, draw=poisoned)
+
+def test_the_average_is_what_is_left_and_what_is_shown(tmp_path: pathlib.Path) -> None:
+    """By hand: avg = decay * avg + (1 - decay) * weights, from the first step's weights on."""
+    seen: list[Tensor] = []
+    module = Toy()
+    config = dataclasses.replace(CONFIG, log_every_steps=1, images=6)
+    steps: list[Tensor] = []
+
+    def watched(place: loop.Place) -> dict[str, Any]:
+        steps.append(module.line.weight.detach().clone())
+        return draw(place)
+
+    loop.fit(
+        accelerate.Accelerator(cpu=True),
+        [loop.Learner("toy", module, 0.1)],
+        watched,
+        config,
+        tmp_path,
+        averaged=module,
+        on_report=lambda images_seen, progress: seen.append(module.line.weight.detach().clone()),
+    )
+    first, second = steps[1], steps[2]  # the weights after steps 1 and 2
+    assert torch.equal(seen[0], first)
+    torch.testing.assert_close(seen[1], 0.9 * first + 0.1 * second)
+    assert torch.equal(module.line.weight, seen[2])
+
+
+def test_what_is_not_finite_is_skipped_and_counted(tmp_path: pathlib.Path) -> None:
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        return draw(place) | {"poison": place.step % 2 == 1}
+
+    module = fit(tmp_path, dataclasses.replace(CONFIG, log_every_steps=100), poisoned)
     assert module.line.weight.isfinite().all()
-    assert all(weight.isfinite().all() for weight in average.parameters())
+    assert newest(tmp_path).state["toy_optimizer"]["state"][0]["step"] == 10
+
+
+def test_parts_of_a_batch_give_what_the_whole_gives(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    whole = fit(tmp_path / "whole", config)
+    parts = fit(tmp_path / "parts", dataclasses.replace(config, accumulate=4))
+    torch.testing.assert_close(parts.line.weight, whole.line.weight)
+    assert newest(tmp_path / "parts").step == newest(tmp_path / "whole").step == 10
+
+
+def test_one_bad_part_skips_the_whole_step(tmp_path: pathlib.Path) -> None:
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        return draw(place) | {"poison": place.rows.start == 1}
+
+    before = Toy().line.weight
+    module = fit(tmp_path, dataclasses.replace(CONFIG, accumulate=2), poisoned)
+    assert torch.equal(module.line.weight, before)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: pathlib.Path) -> None:
@@ -94,7 +153,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: pathlib.Path
     other = nn.ModuleDict({"other": nn.Linear(2, 2)})
     learner = loop.Learner("toy", other, 0.1)
     with pytest.raises(errors.ConfigError, match="another configuration"):
-        loop.fit(accelerate.Accelerator(cpu=True), [learner], draw, CONFIG, tmp_path, averaged=other)
+        loop.fit(
+            accelerate.Accelerator(cpu=True), [learner], draw, CONFIG, tmp_path, averaged=other
+        )  # nothing is drawn
 
 
 def test_an_interrupted_write_leaves_the_last_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,38 +173,55 @@ def test_an_interrupted_write_leaves_the_last_file(tmp_path: pathlib.Path, monke
     assert torch.load(path)["step"] == 1
 
 
-def checkpoint(folder: pathlib.Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / loop.CHECKPOINT)
-    return content
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    save, tries = torch.save, list[int]()
+
+    def sometimes(*given: Any, **named: Any) -> None:
+        tries.append(1)
+        if len(tries) in (5, 6):
+            raise full
+        save(*given, **named)
+
+    monkeypatch.setattr(checkpoint.torch, "save", sometimes)
+    with caplog.at_level("WARNING"):
+        module = fit(tmp_path, dataclasses.replace(CONFIG, checkpoint_every_s=0))
+    assert len(tries) == 20 and newest(tmp_path).step == 20
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "the run goes on" in caplog.text and "step 4 still stands" in caplog.text
+    assert torch.equal(module.line.weight, fit(tmp_path / "other").line.weight)
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(errors.TrainingError, match="could not be written"):
+        fit(tmp_path)
 
 
 def test_a_run_that_used_up_its_time_trains_no_further(tmp_path: pathlib.Path) -> None:
     limited = dataclasses.replace(CONFIG, images=10**9, time_limit_s=0.2)
-    first, _ = fit(tmp_path, limited)
-    reached = checkpoint(tmp_path)
-    assert reached["elapsed_s"] >= 0.2
-    assert loop.images_seen(tmp_path, limited) == reached["step"] * limited.batch_size > 0
+    first = fit(tmp_path, limited)
+    reached = newest(tmp_path)
+    assert reached.state["elapsed_s"] >= 0.2
+    assert loop.images_seen(tmp_path, limited) == reached.step * limited.batch_size > 0
 
-    def refuse(step: int, count: int) -> dict[str, Any]:
+    def refuse(place: loop.Place) -> dict[str, Any]:
         raise AssertionError("its time is over")
 
-    again, _ = fit(tmp_path, limited, refuse)
-    assert torch.equal(again.line.weight, first.line.weight)
-
-
-def test_a_checkpoint_that_knows_no_time_is_gone_on_with(tmp_path: pathlib.Path) -> None:
-    fit(tmp_path)
-    old = checkpoint(tmp_path)
-    del old["elapsed_s"]
-    loop.save_atomically(old, tmp_path / loop.CHECKPOINT)
-    fit(tmp_path, dataclasses.replace(CONFIG, images=44))
-    assert checkpoint(tmp_path)["step"] == 22
+    assert torch.equal(fit(tmp_path, limited, refuse).line.weight, first.line.weight)
 
 
 def test_all_processes_go_by_the_main_ones_clock(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.accelerate.utils, "broadcast", lambda tensor: torch.full_like(tensor, 1e9))
+    monkeypatch.setattr(
+        loop._Run, "_agree", lambda run, *values: [1e9] * len(values) if len(values) > 1 else list(values)
+    )
     fit(tmp_path, dataclasses.replace(CONFIG, time_limit_s=1e6))
-    assert checkpoint(tmp_path)["step"] == 1
+    assert newest(tmp_path).step == 1
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(
@@ -156,8 +234,8 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(
 
 
 def test_a_hundred_skipped_steps_in_a_row_end_the_training(tmp_path: pathlib.Path) -> None:
-    def poisoned(step: int, count: int) -> dict[str, Any]:
-        return draw(step, count) | {"poison": step >= 5}
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        return draw(place) | {"poison": place.step >= 5}
 
     with pytest.raises(errors.TrainingError, match="toy: the last 100 steps up to step 105"):
         fit(tmp_path, dataclasses.replace(CONFIG, images=1000), poisoned)
@@ -166,19 +244,19 @@ def test_a_hundred_skipped_steps_in_a_row_end_the_training(tmp_path: pathlib.Pat
 def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Twice(loop._Progress):
-        def report(self, step: int, most_left_s: float = float("inf")) -> None:
-            self._since = loop.time.monotonic() - 1  # as if the steps had taken a second
-            assert float("nan") not in self._sums["loss"] and len(self._sums["loss"]) == 10
-            assert self._sums["a_skipped"] == self._sums["b_skipped"] == [0.0, 1.0] * 5
-            super().report(step, most_left_s)
+    class Slow(tracking.Progress):
+        def report(self, step: int, most_left_s: float, loud: bool) -> dict[str, float]:
+            self._since = tracking.time.monotonic() - 1  # as if the steps had taken a second
+            assert len(self.sums["loss"]) == 10 and all(map(math.isfinite, self.sums["loss"]))
+            assert self.sums["a_skipped"] == self.sums["b_skipped"] == [0.0, 1.0] * 5
+            return super().report(step, most_left_s, loud)
 
-    monkeypatch.setattr(loop, "_Progress", Twice)
+    monkeypatch.setattr(loop.tracking, "Progress", Slow)
     first, second = Toy(), Toy()
     learners = [loop.Learner("a", first, 0.1), loop.Learner("b", second, 0.1)]
 
-    def poisoned(step: int, count: int) -> dict[str, Any]:
-        return draw(step, count) | {"poison": step % 2 == 1}
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        return draw(place) | {"poison": place.step % 2 == 1}
 
     with caplog.at_level("INFO"):
         loop.fit(accelerate.Accelerator(cpu=True), learners, poisoned, CONFIG, tmp_path, averaged=first)
@@ -187,18 +265,25 @@ def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
 
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path: pathlib.Path) -> None:
     fit(tmp_path)
-    path = tmp_path / loop.CHECKPOINT
+    path = newest(tmp_path).path / checkpoint.STATE
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
-        with pytest.raises(errors.ConfigError, match="cannot be read") as caught:
+        with pytest.raises(errors.ConfigError, match="can be read") as caught:
             fit(tmp_path)
         assert "\n" not in str(caught.value)
 
 
 def test_there_must_be_something_to_restore(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(errors.ConfigError, match=r"no checkpoint\.pt"):
-        loop.restore(accelerate.Accelerator(cpu=True), [], draw, CONFIG, tmp_path, averaged=Toy())
+    with pytest.raises(errors.ConfigError, match="no checkpoint to go by"):
+        loop.restore(accelerate.Accelerator(cpu=True), [], CONFIG, tmp_path, averaged=Toy())
+
+
+def test_what_is_restored_is_what_the_training_left(tmp_path: pathlib.Path) -> None:
+    trained, restored = fit(tmp_path), Toy()
+    learner = loop.Learner("toy", restored, 0.1)
+    loop.restore(accelerate.Accelerator(cpu=True), [learner], CONFIG, tmp_path, averaged=restored)
+    assert torch.equal(restored.line.weight, trained.line.weight)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +301,13 @@ def test_there_must_be_something_to_restore(tmp_path: pathlib.Path) -> None:
         ("time_limit_s", -1.0),
         ("checkpoint_every_s", -1.0),
         ("log_every_steps", 0),
+        ("keep_checkpoints", 0),
+        ("sample_every_steps", -1),
+        ("accumulate", 0),
+        ("health", "ill"),
     ],
 )
-def test_settings_out_of_range_are_named(key: str, value: float) -> None:
+def test_settings_out_of_range_are_named(key: str, value: float | str) -> None:
     with pytest.raises(errors.ConfigError, match=f"{key} is {value!r}"):
         dataclasses.replace(CONFIG, **{key: value})  # type: ignore[arg-type]
 

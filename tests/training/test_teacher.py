@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusion_kd import artifact, errors, pipeline
-from training import stages, teacher
+from training import checkpoint, stages, teacher
 
 SHORT = [
     f"{stage}.{key}"
@@ -57,7 +57,8 @@ def test_a_folder_of_pictures_with_words_of_its_own(tmp_path: pathlib.Path) -> N
     assert first.tokenize("Katze zebra") == ["katze</w>", "zebra</w>"]
     assert teacher.configs.load(teacher.TeacherConfig, str(tmp_path / "run" / "config.yaml")).vae.images == 4
     for stage in ("contrastive", "vae", "unet"):  # several processes would wait for gradients that never come
-        assert not any("cells" in name for name in torch.load(tmp_path / "run" / stage / "checkpoint.pt")[stage])
+        found = checkpoint.Checkpoints(tmp_path / "run" / stage / checkpoint.FOLDER).newest()
+        assert found is not None and not any("cells" in name for name in found.state[stage])
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: pathlib.Path) -> None:
@@ -105,7 +106,7 @@ def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: p
         (["--data", str(tmp_path / "nowhere")], "no folder"),
         (["unet.lr=1"], "unknown config key 'unet.lr'"),
         (["scenes=64", "--out", str(tmp_path / "file" / "run")], "is a file"),
-        (["--export-now"], "no checkpoint.pt"),
+        (["--export-now"], "no checkpoint to go by"),
     ):
         command = [sys.executable, "-m", "training.teacher", "--out", str(out), *more]
         result = subprocess.run(command, capture_output=True, text=True)
