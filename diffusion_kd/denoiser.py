@@ -34,16 +34,26 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         """x0_hat (B, C, h, w) float32 of x_t (B, C, h, w) at timesteps (B,), without guidance."""
+        return self.schedule.x0_from(self.predict(x_t, timesteps, cond), x_t, timesteps, self.prediction_type)
+
+    def predict(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """What the network itself says, (B, C, h, w) in its own precision: noise, velocity or x0."""
         # Frozen networks may be in another precision than those that learn; time ids are numbers up to thousands.
         dtype = self.unet.dtype
-        prediction = self.unet(
+        prediction: Tensor = self.unet(
             x_t.to(dtype),
             timesteps,
             cond.prompt_embeds.to(dtype),
             added_cond_kwargs={"text_embeds": cond.pooled.to(dtype), "time_ids": cond.time_ids},
             return_dict=False,
         )[0]
-        return self.schedule.x0_from(prediction, x_t, timesteps, self.prediction_type)
+        return prediction
+
+    def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should say of x0 (B, C, h, w) under this noise."""
+        if self.prediction_type == "v_prediction":
+            return self.schedule.velocity(x0, noise, timesteps)
+        return noise if self.prediction_type == "epsilon" else x0
 
     def guided(
         self, x_t: Tensor, timesteps: Tensor, cond: Conditioning, uncond: Conditioning, guidance_scale: Tensor | float

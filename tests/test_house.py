@@ -18,7 +18,7 @@ FILES = ("pyproject.toml", "requirements.lock", "Makefile", "LICENSE", ".ci/run"
 PLANNED = {*CODE, *FILES, "tests", "docs", "benchmarks", ".ci", ".gitattributes", ".dockerignore"} | {
     *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "Dockerfile", "compose.yaml", "app.py"),
 }
-UNLOCKED_EXTRAS = {"xformers"}
+UNLOCKED_EXTRAS = {"bitsandbytes", "xformers"}
 # https://www.apache.org/licenses/LICENSE-2.0.txt
 APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 MACHINE_PATH = re.compile(rb"(?<![\w.~-])/(?:work|root)/")

@@ -22,7 +22,7 @@ from diffusion_kd.denoiser import Denoiser
 from diffusion_kd.networks import features, lora
 from diffusion_kd.objectives import add
 from diffusion_kd.shapes import model
-from training import cache, compute, data, feed, loop, parallel, release, tracking
+from training import cache, compute, data, feed, loop, parallel, plan, release, tracking
 from training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -383,6 +383,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--student", help="an earlier student to go on from (a folder, a hub id or shapes-student)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/distill"), help="the run's folder")
     release.add_arguments(parser)
+    plan.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="key=value, nested keys with dots")
     return parser.parse_intermixed_args(arguments)
 
@@ -414,6 +415,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     config = configs.load(DistillConfig, given.config, given.overrides)
+    if given.plan:
+        plan.show(config, given.teacher, given, cached=given.data is not None and cache.is_cache(given.data))
+        return
     files.check_folder(given.out)
     accelerator = compute.launch(config)
     parts = load_teacher(config, given.teacher, base=given.base)

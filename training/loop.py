@@ -304,10 +304,13 @@ class _Run:
             over = _done(self._step * self._config.batch_size, elapsed_s, self._config) >= 1
             if over and self._step == first_step > 0:
                 break  # the run that is gone on with had used up its time
-            last = over or self._step + 1 == self._steps
+            last = (
+                over or self._step + 1 == self._steps
+            )  # a run that is rolled back there goes on, in what time is left
             self._take_step(learning_rate_share(self._step * self._config.batch_size, elapsed_s, self._config))
             if (last or self._step % self._config.log_every_steps == 0) and self._report(elapsed_s, last=last):
                 self._roll_back()
+                last = over
             elif last or unsaved_s > self._config.checkpoint_every_s:
                 self._save(last=last)
             if last:
@@ -362,6 +365,9 @@ class _Run:
             raise errors.TrainingError("the run has fallen ill and no healthy checkpoint is left to go back to")
         began_s = self._began_s
         self._take_up(found)
+        self._accelerator.wait_for_everyone()  # until all have read it
+        if self._accelerator.is_main_process:
+            self._checkpoints.discard_after(found.step)
         self._began_s = began_s  # time that was lost is spent all the same
         self._monitor.rolled_back(found.step * self._config.batch_size)
         self._save(last=False)
@@ -393,6 +399,8 @@ class _Turns:
                 computing, trained, learner.learning_rate, learner.betas, config.weight_decay
             )
         self._skipped = dict.fromkeys(self._replicas, 0)  # steps in a row
+        # A run that may be rolled back waits for the report that would do it.
+        self._most_skipped = max(_MOST_SKIPPED, 2 * config.log_every_steps if config.health == "rollback" else 0)
 
     def take(self, step: int, parts: Iterable[Mapping[str, Any]], share: float) -> list[dict[str, float]]:
         """Every learner's turn at `share` of its learning rate. Returns what each reports, means over the whole batch.
@@ -431,7 +439,7 @@ class _Turns:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skipped = self._skipped[learner.name] = 0 if finite else self._skipped[learner.name] + 1
-        if skipped >= _MOST_SKIPPED:
+        if skipped >= self._most_skipped:
             raise errors.TrainingError(
                 f"{learner.name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is "
                 "not finite; look at the curves in TensorBoard, then begin anew in another folder, "

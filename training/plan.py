@@ -80,7 +80,8 @@ class Plan:
     """What a run takes. Memory is of one device, in 10^9 bytes.
 
     parameters: network -> number. at_peak_gb, at_most_gb: part -> memory at the fullest moment, and the most that it
-        ever has. peak_moment: what is running then. tera_operations: 10^12 operations an image. rehearsed_s: what this plan took.
+        ever has. peak_moment: what is running then. tera_operations: 10^12 operations an image. rehearsed_s: what this
+        plan took.
     """
 
     teacher: str

@@ -145,7 +145,9 @@ def csv_lines(path: pathlib.Path, columns: Sequence[str]) -> Iterator[tuple[str,
         for entry in reader:
             yield f"{path}, line {reader.line_num}", entry
     except csv.Error as error:
-        raise errors.DataError(f"{path}, after line {reader.line_num}: {error}; quote what holds commas or quotes") from None
+        raise errors.DataError(
+            f"{path}, after line {reader.line_num}: {error}; quote what holds commas or quotes"
+        ) from None
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[Row]:

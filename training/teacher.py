@@ -1,4 +1,5 @@
-"""Train the reference teacher from nothing: `python -m training.teacher --config shapes`.
+"""Train the reference teacher from nothing: `python -m training.teacher --config shapes`. With `--teacher MODEL` it
+fine-tunes that one instead (`training.finetune`).
 
 Four stages, each resumable by running the same command again:
 
@@ -29,8 +30,8 @@ from diffusion_kd import artifact, conditioning, errors, files, types
 from diffusion_kd.networks import attention
 from diffusion_kd.schedule import NoiseSchedule
 from diffusion_kd.shapes import model
+from training import compute, data, finetune, loop, release, stages
 from training import config as configs
-from training import compute, data, loop, stages
 
 _log = logging.getLogger(__name__)
 
@@ -326,16 +327,38 @@ def _rows(drawn: NDArray[Any], place: loop.Place) -> Tensor:
     return torch.from_numpy(drawn[place.rows.start : place.rows.stop])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.teacher", description="Train a small SDXL teacher.")
-    parser.add_argument("--config", default="shapes", help="a YAML file or a name in training/configs")
-    parser.add_argument("--data", type=pathlib.Path, help="a folder with images and metadata.jsonl instead of shapes")
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.teacher", description="Train a small SDXL teacher, or fine-tune one of your own."
+    )
+    parser.add_argument(
+        "--config", help="a YAML file or a name in training/configs: shapes, or with --teacher sdxl_teacher"
+    )
+    parser.add_argument(
+        "--teacher",
+        help="fine-tune this one: an SDXL-layout folder, a .safetensors file or a hub id; else from nothing",
+    )
+    parser.add_argument("--base", help="configs and tokenizers for a .safetensors file: a folder or a hub id")
+    parser.add_argument("--data", type=pathlib.Path, help="a folder of captioned images (with --teacher also a cache)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/teacher"), help="the run's folder")
     parser.add_argument("--export-now", action="store_true", help="train no further; export what the checkpoints hold")
+    release.add_arguments(parser)
     parser.add_argument("overrides", nargs="*", help="key=value")
     given = parser.parse_intermixed_args(arguments)
+    if given.teacher is None and given.base is not None:
+        parser.error("--base goes with --teacher")
+    if given.teacher is not None and given.export_now:
+        parser.error("--export-now is for a teacher from nothing; with --teacher, run the same command again")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    config = configs.load(TeacherConfig, given.config, given.overrides)
+    if given.teacher is not None:
+        finetune.main(given)
+        return
+    config = configs.load(TeacherConfig, given.config or "shapes", given.overrides)
     files.check_folder(given.out)
     if given.export_now:
         loop.require_checkpoint(given.out / config.stages[0])
@@ -344,6 +367,7 @@ def main(arguments: list[str] | None = None) -> None:
     if build.accelerator.is_main_process:
         configs.save(config, given.out / "config.yaml")
     build.train()
+    compute.close(build.accelerator)
 
 
 if __name__ == "__main__":

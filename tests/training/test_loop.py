@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import math
 import pathlib
 from typing import Any
@@ -137,6 +138,38 @@ def test_parts_of_a_batch_give_what_the_whole_gives(tmp_path: pathlib.Path) -> N
     parts = fit(tmp_path / "parts", dataclasses.replace(config, accumulate=4))
     torch.testing.assert_close(parts.line.weight, whole.line.weight)
     assert newest(tmp_path / "parts").step == newest(tmp_path / "whole").step == 10
+
+
+def test_a_run_that_falls_ill_goes_back_and_recovers(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From step 30 on its data are poison, but not on the second attempt."""
+    config = dataclasses.replace(
+        CONFIG, images=100, checkpoint_every_s=0, log_every_steps=2, health="rollback", keep_checkpoints=1
+    )
+    rates: list[float] = []
+
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        rates.append(float(place.attempt))
+        return draw(place) | {"poison": place.step >= 30 and place.attempt == 0}
+
+    with caplog.at_level("WARNING"):
+        module = fit(tmp_path, config, poisoned)
+    assert module.line.weight.isfinite().all()
+    assert newest(tmp_path).step == 50 and newest(tmp_path).state["monitor"]["attempt"] == 1
+    assert "attempt 1 of 3" in caplog.text
+    (line,) = (tmp_path / "health.jsonl").read_text().splitlines()
+    healthy = json.loads(line)["to_images"] // 2
+    assert 28 <= healthy <= 31  # a skipped step has changed nothing
+    assert rates.count(1.0) == 50 - healthy
+
+
+def test_a_run_that_is_always_ill_ends_with_a_reason(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(CONFIG, images=400, checkpoint_every_s=0, log_every_steps=2, health="rollback")
+
+    def poisoned(place: loop.Place) -> dict[str, Any]:
+        return draw(place) | {"poison": place.step >= 30}
+
+    with pytest.raises(errors.TrainingError, match=r"fell ill again after 3 roll-backs.*learning rate"):
+        fit(tmp_path, config, poisoned)
 
 
 def test_one_bad_part_skips_the_whole_step(tmp_path: pathlib.Path) -> None:

@@ -280,15 +280,14 @@ def test_processes_that_share_the_chunks_make_the_same_cache(models: pathlib.Pat
         def wait_for_everyone(self) -> None:
             barrier.wait(60)
 
-    def work(rank: int) -> None:
-        teacher = str(models / "teacher")
-        settings = chunks.Settings(size_px=16, min_size_px=8, chunk_items=2)
-        fellows = prepare.Fellows(State(rank))  # type: ignore[arg-type]
-        prepare.prepare(
-            settings, teacher, artifact.load(teacher), sources.Folder(folder), tmp_path / "two", fellows=fellows
-        )
+    teacher = str(models / "teacher")
+    settings = chunks.Settings(size_px=16, min_size_px=8, chunk_items=2)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    def work(rank: int, parts: artifact.Parts) -> None:
+        fellows = prepare.Fellows(State(rank))  # type: ignore[arg-type]
+        prepare.prepare(settings, teacher, parts, sources.Folder(folder), tmp_path / "two", fellows=fellows)
+
+    threads = [threading.Thread(target=work, args=(rank, artifact.load(teacher))) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
