@@ -60,7 +60,9 @@ def shapes(folder: pathlib.Path, count: int) -> Case:
     numbers = range(len(images))
     pairs = zip(images.images_uint8(numbers), images.captions(numbers, 0), strict=True)
     pictures = [(_encoded(pixels, "PNG"), caption) for pixels, caption in pairs]
-    return Case("64 px, shapes-teacher", artifact.load("shapes-teacher"), _write(folder, pictures, "png"), 64, "shapes-encoder")
+    return Case(
+        "64 px, shapes-teacher", artifact.load("shapes-teacher"), _write(folder, pictures, "png"), 64, "shapes-encoder"
+    )
 
 
 def photographs(folder: pathlib.Path, count: int, narrow: int) -> Case:
@@ -70,7 +72,24 @@ def photographs(folder: pathlib.Path, count: int, narrow: int) -> Case:
         coarse = np.random.default_rng(index).integers(0, 256, (60, 64, 3), np.uint8)
         soft = PIL.Image.fromarray(coarse).resize((640, 600), PIL.Image.Resampling.BICUBIC)
         pictures.append((_encoded(np.asarray(soft), "JPEG"), f"a picture of number {index} in soft colours"))
-    return Case(f"512 px, SDXL / {narrow}", small_sdxl(narrow), _write(folder, pictures, "jpg"), 512)
+    return Case(f"512 px, SDXL / {narrow}", _narrow_sdxl(narrow), _write(folder, pictures, "jpg"), 512)
+
+
+def _narrow_sdxl(narrow: int) -> artifact.Parts:
+    """Random weights. The U-Net, of which only the stride counts here, is kept smaller still."""
+    base = sdxl.BASE
+    torch.manual_seed(0)
+    dimensions = dataclasses.replace(
+        base,
+        size_px=512,
+        unet_widths=(32, 64, 64),
+        transformer_layers=(1, 1, 1),
+        vae_widths=tuple(width // narrow for width in base.vae_widths),
+        text_widths=tuple(64 * max(1, width // 64 // narrow) for width in base.text_widths),
+        text_layers=tuple(max(2, layers // narrow) for layers in base.text_layers),
+        groups=32 // narrow,
+    )
+    return sdxl.build_parts("cpu", dimensions)
 
 
 def measure(case: Case, out: pathlib.Path, workers: int, batch_size: int) -> tuple[float, float]:

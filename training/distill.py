@@ -142,6 +142,7 @@ class Distillation:
 
     images: captioned images, or a prepared cache. start: a student to go on from, by name or folder; the teacher itself
     if None. parts: the teacher, if it is loaded already. accelerator: from `compute.launch`, if it is made already.
+    acceptance, teacher_licence: of `release.require_licences`. base: of a teacher that is a single file.
     Raises ModelError if the start is not of the teacher's architecture, ConfigError if it cannot be what is asked for.
     """
 
@@ -157,8 +158,9 @@ class Distillation:
         accelerator: accelerate.Accelerator | None = None,
         acceptance: licences.Acceptance | None = None,
         teacher_licence: str = "",
+        base: str | None = None,
     ) -> None:
-        self.config, self.teacher_name, self.folder = config, teacher, folder
+        self.config, self.teacher_name, self.folder, self.base = config, teacher, folder, base
         self.start, self.teacher_licence = start, teacher_licence
         self.acceptance = acceptance or licences.Acceptance()
         self.code = release.code_version()
@@ -205,8 +207,7 @@ class Distillation:
 
         Raises ConfigError if another run stands in its own, ArtifactError if a licence forbids the student.
         """
-        if self.accelerator.is_main_process:
-            release.require_licences(self._origin(), self.acceptance, teacher_licence=self.teacher_licence)
+        release.require_licences(self._origin(), self.acceptance, teacher_licence=self.teacher_licence)
         self._claim()
         loop.fit(
             self.accelerator,
@@ -291,7 +292,9 @@ class Distillation:
         unet = parallel.on_cpu(self.objective.student.unet)
         if self.accelerator.is_main_process:
             # Frozen parts in half precision are good enough to train by and not to hand on.
-            others = self.parts if self.config.frozen_precision == "fp32" else artifact.load(self.teacher_name)
+            others = self.parts
+            if self.config.frozen_precision != "fp32":
+                others = artifact.load(self.teacher_name, base=self.base)
             parts = self._student_parts(unet, others)
             release.export(
                 folder,
@@ -431,6 +434,7 @@ def main(arguments: list[str] | None = None) -> None:
         accelerator=accelerator,
         acceptance=release.acceptance(given),
         teacher_licence=given.teacher_licence,
+        base=given.base,
     ).run()
     compute.close(accelerator)
 

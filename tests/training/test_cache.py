@@ -215,5 +215,5 @@ def test_too_much_rejected_says_why() -> None:
         cache.check_share(many, 11, 0.5)
     with pytest.raises(errors.DataError, match="6 of 6 items"):
         cache.check_share(many, 6, 1.0)
-    with pytest.raises(errors.DataError, match="0 of 0 items .* The source is empty"):
+    with pytest.raises(errors.DataError, match=r"0 of 0 items .* The source is empty"):
         cache.check_share([], 0, 0.5)

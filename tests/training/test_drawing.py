@@ -94,7 +94,7 @@ def service(answer: Answer) -> Iterator[tuple[str, list[tuple[dict[str, Any], di
     asked: list[tuple[dict[str, Any], dict[str, str]]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the name that the library looks for
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((body, dict(self.headers)))
             status, content, headers = answer(body, len(asked) - 1)
@@ -202,11 +202,10 @@ def test_a_silent_service_times_out(tmp_path: pathlib.Path) -> None:
         pause.wait(5)
         return 200, {}, {}
 
-    with service(answer) as (url, _), pytest.raises(errors.DataError, match="ReadTimeout"):
-        try:
+    with service(answer) as (url, _):
+        with pytest.raises(errors.DataError, match="ReadTimeout"):
             drawing.fetch(asking(url, attempts=1, timeout_s=0.05), texts(["a cat"]), tmp_path)
-        finally:
-            pause.set()
+        pause.set()
 
 
 @pytest.mark.parametrize("url", ["https://h", "https://h/v1/", "https://h/v1/images/generations"])

@@ -1,4 +1,4 @@
-"""`python -m training.prepare`, whole: bad items are counted and named, and a killed run's cache is an unbroken one's."""
+"""`python -m training.prepare`, whole: bad items are counted and named, a killed run's cache is an unbroken one's."""
 
 import json
 import os
@@ -113,8 +113,8 @@ def test_what_cannot_be_used_is_counted_and_named(models: pathlib.Path, tmp_path
     ]
     for name, text, content, _ in bad:
         add(folder, name, text, content)
-    add(folder, "last.png", "see www.x.org, +1 555 123 4567", PIL.Image.open(folder / "004.png").rotate(90).convert("CMYK")
-        .convert("RGB"))  # fmt: skip
+    turned = PIL.Image.open(folder / "004.png").rotate(90)
+    add(folder, "last.png", "see www.x.org, +1 555 123 4567", turned)
     manifest = run(models, tmp_path / "c", "--data", folder, "--chunk-items", 6)
     found = [json.loads(line) for line in (tmp_path / "c" / "rejected.jsonl").read_text().splitlines()]
     assert [(one["id"], one["reason"]) for one in found] == [(name, reason) for name, _, _, reason in bad]

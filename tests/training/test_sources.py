@@ -137,9 +137,9 @@ def test_a_saved_dataset_is_read(tmp_path: pathlib.Path, split: str | None) -> N
     assert source.digest == sources.HubDataset(str(tmp_path / "d")).digest
     with pytest.raises(errors.DataError, match="no column 'picture'; it has image, text, license: give --image-column"):
         sources.HubDataset(str(tmp_path / "d"), image_column="picture")
-    with pytest.raises(errors.DataError, match="no column 'note'.*--caption-column"):
+    with pytest.raises(errors.DataError, match=r"no column 'note'.*--caption-column"):
         sources.HubDataset(str(tmp_path / "d"), caption_column="note")
-    with pytest.raises(errors.DataError, match="'text' of .* not images"):
+    with pytest.raises(errors.DataError, match=r"'text' of .* not images"):
         sources.HubDataset(str(tmp_path / "d"), image_column="text")
     if split:
         with pytest.raises(errors.DataError, match="no split 'test'; it has train"):
@@ -162,7 +162,7 @@ def test_a_folder_of_datasets_own_builder_is_read(tmp_path: pathlib.Path, monkey
     items = sources.HubDataset(str(tmp_path / "f")).items(0, 3)
     found = {item.caption: colour_of(item) for item in items}
     assert found == {entry["text"]: colour for entry, colour in zip(ENTRIES, COLOURS, strict=True)}
-    with pytest.raises(errors.DataError, match="dataset .*nowhere cannot be had"):
+    with pytest.raises(errors.DataError, match=r"dataset .*nowhere cannot be had"):
         sources.HubDataset(str(tmp_path / "nowhere"))
 
 
