@@ -1,6 +1,6 @@
 """Time of a training step against the bare network passes that it must make: `python -m benchmarks.training_step`.
 
-The step is the loop's own, batch to average, without what logs, samples and checkpoints. Between steps, in the same run,
+The step is the loop's own, batch to average, without logs, samples and checkpoints. Between steps, in the same run,
 each pass is timed alone on the same networks and shapes; figures are medians over steps, so that a machine that slows
 down slows both. Pictures are drawn beforehand: that is data, not training. Then, with --memory, the peak of the step
 with and without each memory switch, as measured and as `training.plan` foretells it.

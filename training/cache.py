@@ -389,6 +389,17 @@ def _text(file: Any, name: str, row: int) -> str:
     return bytes(file.get_slice(name)[start:stop].tolist()).decode("utf-8", "replace") if stop > start else ""
 
 
+def open_for(folder: pathlib.Path, teacher: artifact.Parts, size_px: int) -> CachedImages:
+    """A cache of this teacher's for a training at this size. Raises DataError, or ConfigError for another size."""
+    images = CachedImages(folder, teacher)
+    if (made := images.manifest["made"]["settings"]["size_px"]) != size_px:
+        raise errors.ConfigError(
+            f"{folder} was prepared for {made} px and the training is for {size_px} px; set size_px={made}, "
+            "or prepare the data anew with --size-px"
+        )
+    return images
+
+
 def is_cache(folder: pathlib.Path) -> bool:
     """Whether a folder is a cache, finished or not, rather than pictures with metadata."""
     return (folder / MANIFEST).is_file() or (folder / "chunks").is_dir()

@@ -398,7 +398,7 @@ def open_data(
     size_px = config.size_px or parts.size_px
     config.check_size(size_px, shapes=given.data is None and given.prompts is None)
     if given.data is not None and cache.is_cache(given.data):
-        return cache.CachedImages(given.data, parts)
+        return cache.open_for(given.data, parts, size_px)
     if given.data is not None:
         return data.FolderImages(given.data, size_px)
     if given.prompts is None:

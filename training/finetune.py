@@ -192,7 +192,7 @@ def main(given: argparse.Namespace) -> None:
     if config.size_px:
         parts.unet.register_to_config(sample_size=config.size_px // parts.downscale)
     images: data.CaptionedImages | cache.CachedImages = (
-        cache.CachedImages(given.data, parts)
+        cache.open_for(given.data, parts, config.size_px or parts.size_px)
         if cache.is_cache(given.data)
         else data.FolderImages(given.data, config.size_px or parts.size_px)
     )

@@ -164,6 +164,7 @@ class _Planner:
     def __init__(self, config: "distill.DistillConfig", cast: rehearsal.Cast, machine: Machine, cached: bool) -> None:
         self.size_px = config.size_px or cast.parts.size_px
         self._config, self._cast, self._machine, self._cached = config, cast, machine, cached
+        self._rehearsed: dict[str, rehearsal.Rehearsal] = {}
         errors.require(
             self.size_px % cast.parts.downscale == 0,
             "size_px",
@@ -181,16 +182,19 @@ class _Planner:
         return config.micro_batch(self._machine.world)
 
     def rehearse(self, config: "distill.DistillConfig") -> rehearsal.Rehearsal:
-        tiny = None
-        if config.pixel_decoder:
-            tiny = self._cast.tiny_decoder or sdxl.build_tiny_decoder(
-                "meta", self._cast.parts.vae.config.latent_channels
-            )
-        cast = dataclasses.replace(self._cast, tiny_decoder=tiny)
+        """Once for all configs that differ only in what `_beyond_one_process` adds."""
         count = self.micro_batch(config)
-        return rehearsal.rehearse(
-            config, cast, micro_batch=count, size_px=self.size_px, cached=self._cached, cuda=self._machine.cuda
-        )
+        config = dataclasses.replace(config, optimizer="adamw", parallel="ddp")
+        if repr(config) not in self._rehearsed:
+            tiny = None
+            if config.pixel_decoder:
+                channels = self._cast.parts.vae.config.latent_channels
+                tiny = self._cast.tiny_decoder or sdxl.build_tiny_decoder("meta", channels)
+            cast = dataclasses.replace(self._cast, tiny_decoder=tiny)
+            self._rehearsed[repr(config)] = rehearsal.rehearse(
+                config, cast, micro_batch=count, size_px=self.size_px, cached=self._cached, cuda=self._machine.cuda
+            )
+        return self._rehearsed[repr(config)]
 
     def peak(self, config: "distill.DistillConfig", found: rehearsal.Rehearsal) -> Any:
         scale, extra = self._beyond_one_process(config, found)
@@ -222,7 +226,7 @@ class _Planner:
         return scale, extra
 
     def switches(self) -> Iterator[Switch]:
-        """Each setting that may help by itself, then those together that change only how it is computed, then all."""
+        """Each setting that may help by itself, then all together that go with each other, without LoRA and with it."""
         single, together = [], self._config
         for name, change in _changes(self._config, self._machine.world):
             changed = _apply(self._config, change)
@@ -234,9 +238,10 @@ class _Planner:
         for name, changed in single:
             yield self._try(name, changed)
         if len(single) > 1:
-            yield self._try("all of these but LoRA", together)
-            if (smallest := _apply(_without_shards(together), {"lora_rank": _LORA_RANK})) is not None:
-                yield self._try("LoRA, with all that goes with it", smallest)
+            yield self._try("together" if self._config.lora_rank else "together, all weights", together)
+        smallest = _apply(_without_shards(together), {"lora_rank": self._config.lora_rank or _LORA_RANK})
+        if smallest is not None and not self._config.lora_rank:
+            yield self._try("together, LoRA", smallest)
 
     def _try(self, name: str, config: "distill.DistillConfig") -> Switch:
         peak_gb = self.peak(config, self.rehearse(config)).total_bytes / _GIGA
