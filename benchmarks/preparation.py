@@ -1,10 +1,10 @@
-"""Pictures a second of `training.prepare`, and the share of time outside the networks: `python -m benchmarks.preparation`.
+"""Pictures a second of `training.prepare` and its time outside the networks: `python -m benchmarks.preparation`.
 
 Generated folders: 64 x 64 px shapes, with shapes-teacher; and 512 x 512 px soft noise (JPEG, 640 x 600 px, so that each
 is decoded, scaled and cut), with networks of random weights: SDXL's own autoencoder and text encoders narrowed by
-`--narrow`, since the true ones take seconds a picture on a CPU, beside which all else is nothing. Outside are opening
-and cutting pictures as far as it is not overlapped, filters, hashing and writing. The baseline is the bare networks: the
-same batches, from memory, in the same process.
+`--narrow`, since the true ones take many seconds a picture on a CPU, beside which all else is nothing. Outside are
+opening and cutting pictures as far as it is not overlapped, filters, hashing and writing. The baseline is the bare
+networks: the same batches, from memory, in the same process.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 
 from diffusion_kd import artifact, errors
 from diffusion_kd.networks import sdxl
-from training import buckets, cache, chunks, data, encoding, prepare, sources
+from training import buckets, cache, chunks, data, encoding, sources
 from training.identity import Identity
 
 
@@ -103,7 +103,7 @@ def measure(case: Case, out: pathlib.Path, workers: int, batch_size: int) -> tup
     )
     clip = encoding.load_clip(case.clip) if case.clip else None
     encoder = encoding.Encoder(case.parts, device=torch.device("cpu"), precision="fp32", clip=clip)
-    table = buckets.build("square", case.size_px, prepare.multiple_px(case.parts))
+    table = buckets.build("square", case.size_px, case.parts.multiple_px)
     began_s = time.perf_counter()
     work = chunks.Preparation(settings, sources.Folder(case.folder), encoder, table, out, workers=workers)
     work.run()
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=256, help="pictures of 512 px")
     parser.add_argument("--narrow", type=int, default=8, help="how many times narrower than SDXL's the networks are")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, nargs=2, default=[16, 4], help="at 64 and at 512 px")
     given = parser.parse_args()
     logging.disable(logging.INFO)
     sys.stdout.write(f"torch {torch.__version__}, {torch.get_num_threads()} threads of its own, CPU\n")
@@ -152,15 +152,16 @@ def main() -> None:
             shapes(root / "shapes", given.shapes),
             photographs(root / "photographs", given.photographs, given.narrow),
         ]
-        for case in made:
+        for case, batch_size in zip(made, given.batch_size, strict=True):
             count = len(sources.Folder(case.folder))
-            alone = 1 / bare(case, given.batch_size)
+            alone = 1 / bare(case, batch_size)
             for workers in given.workers:
                 out = root / f"{case.folder.name}-{workers}"
-                whole_s, network_s = measure(case, out, workers, given.batch_size)
+                whole_s, network_s = measure(case, out, workers, batch_size)
                 rate = count / whole_s
+                outside = 1 - network_s / whole_s
                 sys.stdout.write(
-                    f"{case.name:24}{workers:>8}{rate:>10.1f}{rate * 60:>12.0f}{1 - network_s / whole_s:>9.1%}{alone:>15.1f}\n"
+                    f"{case.name:24}{workers:>8}{rate:>10.1f}{rate * 60:>12.0f}{outside:>9.1%}{alone:>15.1f}\n"
                 )
 
 

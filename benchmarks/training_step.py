@@ -33,7 +33,7 @@ from diffusion_kd import artifact, errors
 from diffusion_kd.losses import adversarial
 from diffusion_kd.networks import features, sdxl
 from diffusion_kd.objectives.base import Batch
-from training import average, distill, feed, loop, plan, rehearsal
+from training import average, compute, distill, feed, loop, plan, rehearsal
 from training import config as configs
 
 TOY = sdxl.Dimensions(
@@ -94,7 +94,7 @@ class Case:
 
     def load(self, config: distill.DistillConfig) -> artifact.Parts:
         if self.name != "toy":
-            return distill.load_teacher(config, self.name)
+            return compute.load_teacher(config, self.name)
         torch.manual_seed(0)
         return sdxl.build_parts("cpu", TOY)
 

@@ -14,8 +14,11 @@ Messages say what was wrong, what was given and what would do. Command lines pri
 exit with code 2 (a launcher of several processes adds its own report and code); a traceback means a defect of ours.
 """
 
+import errno
 import sys
 from collections.abc import Callable
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiffusionKDError(Exception):
@@ -62,9 +65,18 @@ def first_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a command line: a deliberate error is its message on stderr and exit code 2, without a traceback."""
+    """Run a command line: a deliberate error or a full disk is a sentence on stderr and exit code 2, Ctrl-C 130."""
     try:
         main()
     except DiffusionKDError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror}{where}; free space, then run the same command again\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

@@ -19,6 +19,15 @@ def check_folder(folder: pathlib.Path) -> None:
         raise errors.ConfigError(f"nothing can be written to {folder}: no permission to write in {standing}")
 
 
+def check_replaceable(folder: pathlib.Path, mark: str) -> None:
+    """Raise ConfigError unless a folder is missing, empty, or one of ours, which holds the file `mark`.
+
+    For what `written_whole` would replace: nobody's pictures or checkpoints may vanish for a slip of the pen.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise errors.ConfigError(f"{folder} holds something else (it has no {mark}); give an empty or a new folder")
+
+
 @contextlib.contextmanager
 def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there."""

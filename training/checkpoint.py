@@ -130,6 +130,17 @@ class Checkpoints:
         self._prune(step)
         return final
 
+    def confirm(self, step: int) -> None:
+        """Mark what stands of this step and before as healthy: a report since then found nothing wrong."""
+        self.open()
+        for earlier in (found for found in self.steps() if found <= step):
+            manifest = _sound(self._path(earlier))
+            if manifest is not None and not manifest["healthy"]:
+                try:
+                    _write_manifest(self._path(earlier), manifest | {"healthy": True})
+                except OSError as error:
+                    _log.warning("%s could not be marked as healthy (%s)", self._path(earlier), _said(error))
+
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: the training goes back to this one, and they lead nowhere."""
         self.open()
@@ -306,10 +317,17 @@ def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool
             "python": platform.python_version(),
         },
     }
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+    _write_manifest(folder, manifest)
+
+
+def _write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """The old one stands until the new one is on the disk."""
+    unfinished = folder / f".{MANIFEST}{_UNFINISHED}"
+    with unfinished.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    unfinished.replace(folder / MANIFEST)
     _sync(folder)
 
 

@@ -1,5 +1,5 @@
-"""How a training computes: precision, memory, processes. None of it changes what is learnt, only how fast and in how
-much memory (LoRA apart, which is a smaller student)."""
+"""How a training computes: precision, memory, processes. It is about time and memory, and hardly changes what is
+learnt (LoRA apart, which is a smaller student)."""
 
 import dataclasses
 import datetime
@@ -10,7 +10,7 @@ import torch
 from accelerate import InitProcessGroupKwargs
 from torch import nn
 
-from diffusion_kd import errors
+from diffusion_kd import artifact, errors
 from diffusion_kd.networks import attention, lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +35,7 @@ class ComputeConfig:
     optimizer: adamw, or adamw8bit (bitsandbytes; CUDA), whose state takes 2 bytes a weight instead of 8.
     parallel: ddp, every process holds all; or fsdp2, which shards the trained U-Net, its gradients, its optimizer and
         its average over the processes.
-    lora_rank: 0 trains all weights; above 0 trains low-rank adapters of that rank on the attention layers, and the
+    lora_rank: 0 trains all weights; above 0 trains low-rank adapters of that rank on the transformer blocks, and the
         teacher shares the frozen weights beneath. lora_alpha: their scale times the rank; 0 stands for the rank.
     """
 
@@ -60,7 +60,7 @@ class ComputeConfig:
         ):
             value = getattr(self, name)
             errors.require(value in choices, name, value, f"one of {', '.join(choices)}")
-        errors.require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (all weights) or more")
+        errors.require(0 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "0 (all weights) to 1024")
         errors.require(self.lora_alpha >= 0, "lora_alpha", self.lora_alpha, "0 (the rank) or more")
         for contradicts, why in (
             (
@@ -118,6 +118,28 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
             "say parallel=fsdp2 in the config"
         )
     return accelerator
+
+
+def load_teacher(config: ComputeConfig, name: str, *, base: str | None = None, size_px: int = 0) -> artifact.Parts:
+    """In full precision, as all its weights may learn; beneath adapters the precision to keep will do.
+
+    base: configs and tokenizers of a single file. size_px: see `sized`. Raises ModelError, ConfigError.
+    """
+    dtype = config.frozen_dtype if config.lora_rank else torch.float32
+    return sized(artifact.load(name, dtype=dtype, base=base), size_px)
+
+
+def sized(parts: artifact.Parts, size_px: int) -> artifact.Parts:
+    """The same parts, to be trained and sampled at `size_px`; 0: at their own.
+
+    Raises ConfigError for a size that the networks cannot make.
+    """
+    if size_px:
+        errors.require(
+            size_px % parts.multiple_px == 0, "size_px", size_px, f"a multiple of {parts.multiple_px} for this teacher"
+        )
+        parts.unet.register_to_config(sample_size=size_px // parts.downscale)
+    return parts
 
 
 def close(accelerator: accelerate.Accelerator) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.shapes import scenes
-from training import drawing, pictures, sources
+from training import drawing, filters, pictures, sources
 
 
 class CaptionedImages(Protocol):
@@ -138,9 +138,11 @@ def teacher_images(
     wait. A picture is named after all that decides it, so it never meets another prompt, teacher or guidance.
     Raises DataError for a file that is missing, not UTF-8, or holds no prompt.
     """
-    texts = drawing.read_prompts(prompts)
+    texts = [text for prompt in drawing.read_prompts(prompts) if (text := filters.scrub(prompt)[0].strip())]
+    if not texts:
+        raise errors.DataError(f"{prompts} holds nothing but addresses and numbers of people; write prompts")
     if accelerator.is_main_process:
-        chosen = drawing.wanted(texts, f"{teacher}\n{seed}\n{guidance_scale}")
+        chosen = drawing.wanted(texts, f"{teacher}\n{seed}\n{guidance_scale}\n{parts.size_px}")
         folder.mkdir(parents=True, exist_ok=True)
         sampler = pipeline.TeacherPipeline(parts)
         sampler.to(accelerator.device)

@@ -43,7 +43,7 @@ class DistillConfig(compute.ComputeConfig):
     discriminator_learning_rate: of the heads; their Adam has beta1 = 0.
     size_px: height and width to train and to sample at; 0: the teacher's own, 1024 for SDXL. A prepared cache has sizes
         of its own, of about this area.
-    pixel_decoder: a small AutoencoderTiny (TAESDXL), by folder or hub id, that decodes wherever pictures are looked at;
+    pixel_decoder: a small AutoencoderTiny (TAESDXL), by folder or hub id, that decodes the pictures of the losses;
         empty: the teacher's own decoder, which takes a multiple of the memory.
     """
 
@@ -81,10 +81,11 @@ class DistillConfig(compute.ComputeConfig):
         ):
             errors.require(fits, name, getattr(self, name), wanted)
         self.check()
-        if self.lora_rank and self.objective.latent_weight and self.gradient_checkpointing:
+        if self.lora_rank and self.objective.latent_weight and (self.gradient_checkpointing or self.compile):
             raise errors.ConfigError(
-                "options contradict each other: latent_weight with lora_rank and gradient_checkpointing: the teacher's "
-                "features would be computed anew with the student's adapters; set one of the three to 0 or false"
+                "options contradict each other: latent_weight with lora_rank and gradient_checkpointing or compile: "
+                "the teacher's features come out of the U-Net that it shares with the student, adapters off; set one "
+                "of them to 0 or false"
             )
 
     def micro_batch(self, processes: int) -> int:
@@ -166,9 +167,11 @@ class Distillation:
         self.code = release.code_version()
         self.accelerator = accelerator or compute.launch(config)
         config.check_shares(self.accelerator.num_processes)
-        self.parts = parts or load_teacher(config, teacher)
-        if config.size_px:
-            self.parts.unet.register_to_config(sample_size=config.size_px // self.parts.downscale)
+        self.parts = (
+            compute.sized(parts, config.size_px)
+            if parts
+            else compute.load_teacher(config, teacher, base=base, size_px=config.size_px)
+        )
         torch.manual_seed(config.seed)
         self.objective = self._objective(self.accelerator.device)
         self.feed = self._feed(images)
@@ -183,7 +186,9 @@ class Distillation:
         if self.start is not None:
             _go_on_from(student, self.parts, self.start)
         self.parts.to(device, config.frozen_dtype)
-        decoder = artifact.load_tiny_decoder(config.pixel_decoder) if config.pixel_decoder else self.parts.vae
+        decoder = (
+            artifact.load_tiny_decoder(config.pixel_decoder, self.parts) if config.pixel_decoder else self.parts.vae
+        )
         eyes = load_feature_network(config.feature_network, self.parts.size_px)
         objective = add.ADD(
             config.objective,
@@ -207,6 +212,7 @@ class Distillation:
 
         Raises ConfigError if another run stands in its own, ArtifactError if a licence forbids the student.
         """
+        files.check_replaceable(self.folder / "student", artifact.DISTILLATION_FILE)
         release.require_licences(self._origin(), self.acceptance, teacher_licence=self.teacher_licence)
         self._claim()
         loop.fit(
@@ -241,7 +247,8 @@ class Distillation:
 
     def _origin(self) -> dict[str, object]:
         origin = {"teacher": self.teacher_name, "start": self.start, "data": self.feed.source}
-        return origin | ({"data_licences": self.feed.licences} if self.feed.licences else {})
+        more = {"base": self.base, "data_licences": self.feed.licences}
+        return origin | {key: value for key, value in more.items() if value}
 
     # --- pictures and the artifact ---
 
@@ -289,7 +296,7 @@ class Distillation:
     def _export(self) -> pathlib.Path:
         """Every process takes part, as each may hold a shard of the student; the main one writes."""
         folder = self.folder / "student"
-        unet = parallel.on_cpu(self.objective.student.unet)
+        unet = parallel.on_cpu(self.objective.student.unet, main=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             # Frozen parts in half precision are good enough to train by and not to hand on.
             others = self.parts
@@ -322,11 +329,6 @@ class Distillation:
             size_px=parts.size_px,
             lineage=lineage,
         )
-
-
-def load_teacher(config: DistillConfig, name: str, base: str | None = None) -> artifact.Parts:
-    """In full precision, as a student starts from it; adapters start from nothing, so the precision to keep will do."""
-    return artifact.load(name, dtype=config.frozen_dtype if config.lora_rank else torch.float32, base=base)
 
 
 def _agreement(eyes: features.TextImageNetwork, images: Tensor, captions: list[str]) -> float:
@@ -423,7 +425,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     files.check_folder(given.out)
     accelerator = compute.launch(config)
-    parts = load_teacher(config, given.teacher, base=given.base)
+    if given.prompts is not None:  # before the teacher draws for hours
+        origin = {"teacher": given.teacher, "start": given.student}
+        release.require_licences(origin, release.acceptance(given), teacher_licence=given.teacher_licence)
+    parts = compute.load_teacher(config, given.teacher, base=given.base, size_px=config.size_px)
     Distillation(
         config,
         given.teacher,

@@ -37,7 +37,7 @@ def student_of(run: pathlib.Path, base: str | None = None) -> tuple[artifact.Par
     found = checkpoint.Checkpoints(run / "training" / checkpoint.FOLDER).newest()
     if found is None:
         raise errors.ConfigError(f"{run} holds no checkpoint to go by; train first, or name another run")
-    parts = artifact.load(origin["teacher"], base=base)
+    parts = artifact.load(origin["teacher"], base=base or origin.get("base"))
     unet = artifact.load(origin["start"]).unet if origin["start"] else parts.unet
     if config.size_px:
         unet.register_to_config(sample_size=config.size_px // parts.downscale)
@@ -66,12 +66,12 @@ def student_of(run: pathlib.Path, base: str | None = None) -> tuple[artifact.Par
 
 
 def _origin(run: pathlib.Path) -> dict[str, Any]:
-    """teacher, start, data and, if they were recorded, data_licences of a run."""
+    """teacher, start, data and, if they were recorded, base and data_licences of a run."""
     path = run / "origin.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: content[key] for key in ("teacher", "start", "data")}
-        return kept | {key: content[key] for key in ("data_licences",) if key in content}
+        return kept | {key: content[key] for key in ("base", "data_licences") if key in content}
     except FileNotFoundError:
         raise errors.ConfigError(f"{run} is no run of training.distill: it has no origin.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

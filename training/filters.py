@@ -102,8 +102,8 @@ def duplicates(
     thumbnails_uint8: (N, 8, 9, 3). Two are the same if their difference hashes are at most `most_bits` of 64 apart and
     their thumbnails at most `most_levels` of 255 (root mean square): the hash knows no colour, and of flat pictures
     nothing at all. A picture that is a repeat itself is no measure for others. most_bits < 0: nothing is a repeat.
-    seen: told how many pictures are done. All pairs are compared, as matrix products: N squared, but a million on a GPU
-    takes seconds. Source of the hash: dHash (Krawetz 2013).
+    seen: told how many pictures are done. All pairs are compared, as matrix products: 64 products a pair, of 20,000
+    pictures under a second. Source of the hash: dHash (Krawetz 2013).
     """
     count = len(thumbnails_uint8)
     first = np.full(count, -1, np.int64)
@@ -115,9 +115,10 @@ def duplicates(
         stop = min(start + block, count)
         for before in range(0, stop, block):
             rows, columns = slice(start, stop), slice(before, min(before + block, stop))
-            apart = (64 - signs[rows] @ signs[columns].T) / 2
-            squared = squares[rows, None] + squares[None, columns] - 2 * colours[rows] @ colours[columns].T
-            alike = (apart <= most_bits + 0.5) & (squared <= most_levels**2 * colours.shape[1] + 0.5)
+            alike = signs[rows] @ signs[columns].T >= 64 - 2 * most_bits - 1
+            suspects = torch.nonzero(alike.any(1)).flatten()
+            mine, squared = colours[rows][suspects], squares[rows][suspects, None] + squares[None, columns]
+            alike[suspects] &= squared - 2 * mine @ colours[columns].T <= most_levels**2 * colours.shape[1] + 0.5
             _note(alike & kept[None, columns], start, before, first, kept)
         if seen is not None:
             seen(stop)

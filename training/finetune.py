@@ -113,6 +113,7 @@ class FineTuning:
         for frozen in (parts.vae, parts.text):
             nn.Module.to(frozen, accelerator.device)
         self.denoiser = parts.denoiser()
+        torch.manual_seed(config.seed)
         config.prepare(parts.unet, accelerator.device)
         encoder = feed.Encoder(parts, accelerator)
         self.feed: feed.Feed = (
@@ -127,6 +128,7 @@ class FineTuning:
         Raises ConfigError if another run stands in its own, ArtifactError if a licence forbids it.
         """
         origin = {"teacher": self.teacher_name, "data": self.feed.source, "data_licences": self.feed.licences}
+        files.check_replaceable(self.folder / "teacher", release.FINE_TUNING)
         lineage = origin | release.require_licences(origin, self.acceptance, teacher_licence=self.teacher_licence)
         configs.claim(self.folder, origin | self.config.decisive(), write=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
@@ -157,13 +159,13 @@ class FineTuning:
     def _export(self, lineage: Mapping[str, object]) -> pathlib.Path:
         """Every process takes part, as each may hold a shard; the main one writes."""
         folder = self.folder / "teacher"
-        unet = parallel.on_cpu(self.parts.unet)
+        unet = parallel.on_cpu(self.parts.unet, main=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             whole = self._whole(unet)
             seen = loop.images_seen(self.folder / STAGE, self.config.training)
             told = {**lineage, "images_seen": seen, "config": dataclasses.asdict(self.config)}
             text = json.dumps({**told, "code": release.code_version()}, indent=2) + "\n"
-            artifact.save_pipeline(folder, parts=whole, extra={"finetuning.json": text})
+            artifact.save_pipeline(folder, parts=whole, extra={release.FINE_TUNING: text})
             _log.info("exported %s", folder)
         self.accelerator.wait_for_everyone()
         return folder
@@ -172,7 +174,7 @@ class FineTuning:
         """The parts to hand on, in full precision: adapters may have learnt on weights that were kept in half."""
         if not self.config.lora_rank:
             return dataclasses.replace(self.parts, unet=unet)
-        fresh = artifact.load(self.teacher_name, base=self._base)
+        fresh = compute.sized(artifact.load(self.teacher_name, base=self._base), self.config.size_px)
         with tempfile.TemporaryDirectory() as folder:
             lora_file.write(pathlib.Path(folder), lora_file.weights(unet, torch.float32))
             lora_file.fuse(fresh.unet, pathlib.Path(folder) / lora_file.NAME)
@@ -186,11 +188,7 @@ def main(given: argparse.Namespace) -> None:
     if given.data is None:
         raise errors.ConfigError("a teacher is fine-tuned on data of your own; give a cache or a folder with --data")
     accelerator = compute.launch(config)
-    parts = artifact.load(
-        given.teacher, dtype=config.frozen_dtype if config.lora_rank else torch.float32, base=given.base
-    )
-    if config.size_px:
-        parts.unet.register_to_config(sample_size=config.size_px // parts.downscale)
+    parts = compute.load_teacher(config, given.teacher, base=given.base, size_px=config.size_px)
     images: data.CaptionedImages | cache.CachedImages = (
         cache.open_for(given.data, parts, config.size_px or parts.size_px)
         if cache.is_cache(given.data)

@@ -168,7 +168,7 @@ def fit(
     """
     run = _Run(accelerator, learners, draw, config, folder, averaged, computing or compute.ComputeConfig(), on_report)
     # Each step seeds torch's own generator; what is made afterwards must not depend on whether there were steps.
-    with run.held(), torch.random.fork_rng():
+    with run.held(), run.tracked(), torch.random.fork_rng():
         run.train()
     accelerator.wait_for_everyone()
 
@@ -187,8 +187,7 @@ def restore(
     Raises ConfigError if there is none, or if it does not fit.
     """
     require_checkpoint(folder)
-    quiet = dataclasses.replace(config, trackers=[])
-    run = _Run(accelerator, learners, None, quiet, folder, averaged, computing or compute.ComputeConfig(), None)
+    run = _Run(accelerator, learners, None, config, folder, averaged, computing or compute.ComputeConfig(), None)
     run.go_on()
     run.finish()
 
@@ -236,21 +235,30 @@ class _Run:
         self._monitor = health.Monitor(config.health, folder)
         self._step, self._steps = 0, config.images // config.batch_size
         main = accelerator.is_main_process
-        trackers = tracking.start(config.trackers, folder) if main and draw is not None else []
-        self._progress = tracking.Progress(folder.name, self._steps, config.batch_size, trackers)
+        self._progress = tracking.Progress(folder, self._steps, config.batch_size, config.trackers if main else [])
         self._began_s = self._saved_s = time.monotonic()
 
     def held(self) -> contextlib.AbstractContextManager[object]:
         """The folder, against a second run in it."""
         return self._checkpoints if self._accelerator.is_main_process else contextlib.nullcontext()
 
+    def tracked(self) -> contextlib.AbstractContextManager[object]:
+        """Trackers, from when the folder is ours to the end, however it comes."""
+        return self._progress
+
     # --- where it stands ---
 
     def go_on(self) -> None:
         """From the newest checkpoint, if there is one."""
         found = self._newest()
-        if found is not None:
-            self._take_up(found)
+        if found is None:
+            return
+        if found.step > self._steps:
+            raise errors.ConfigError(
+                f"the run has seen {found.step * self._config.batch_size} images, and images is {self._config.images}; "
+                "give as many or more, or another folder with --out"
+            )
+        self._take_up(found)
 
     def _newest(self, *, healthy_only: bool = False) -> checkpoint.Checkpoint | None:
         """The main process verifies it; the others take its word for which it is."""
@@ -267,8 +275,11 @@ class _Run:
         self._began_s = time.monotonic() - found.state["elapsed_s"]
         _log.info("%s stands at step %d", self._progress.name, self._step)
 
-    def _save(self, *, last: bool) -> None:
-        """Write a checkpoint; one that cannot be written is a warning, unless it is the last."""
+    def _save(self, *, last: bool, healthy: bool = False) -> None:
+        """Write a checkpoint; one that cannot be written is a warning, unless it is the last.
+
+        Whether it is healthy shows later: at the next report that finds nothing.
+        """
         state = self._state.collect() | {
             "monitor": self._monitor.state_dict(),
             "sums": dict(self._progress.sums),
@@ -276,7 +287,7 @@ class _Run:
         }
         if self._accelerator.is_main_process:
             try:
-                self._checkpoints.save(self._step, state, healthy=not self._monitor.ill, info={})
+                self._checkpoints.save(self._step, state, healthy=healthy, info={})
             except checkpoint.CheckpointNotWritten as error:
                 if last:
                     raise
@@ -296,7 +307,7 @@ class _Run:
     def train(self) -> None:
         self.go_on()
         if self._step == 0 and self._config.health == "rollback":
-            self._save(last=False)
+            self._save(last=False, healthy=True)
         first_step = self._step
         while self._step < self._steps:
             now_s = time.monotonic()
@@ -321,7 +332,6 @@ class _Run:
         """Leave the average in its network."""
         if self._average is not None:
             self._average.swap()
-        self._progress.close()
 
     def _take_step(self, share: float) -> None:
         assert self._draw is not None, "a run that trains was given something to draw from"
@@ -334,7 +344,7 @@ class _Run:
             Place(self._step, range(first + part * size, first + (part + 1) * size), config.batch_size, attempt)
             for part in range(config.accumulate)
         ]
-        # Whatever draws from torch's own generator, as dropout does, depends on the place in the run alone.
+        # Whatever draws from torch's own generator, as dropout does, depends on step, attempt and process alone.
         torch.manual_seed(hash((self._step, attempt, accelerator.process_index)) % 2**63)
         for report in self._turns.take(self._step, map(self._draw, places), share):
             self._progress.add(report)
@@ -356,6 +366,8 @@ class _Run:
                 means[DIVERSITY] = health.diversity(samples)
                 self._progress.log({DIVERSITY: means[DIVERSITY]}, seen)
         ill = main and self._monitor.report(seen, means) is health.Decision.ROLL_BACK
+        if main and not self._monitor.ill:
+            self._checkpoints.confirm(self._step - 1)
         return bool(self._agree(float(ill))[0])
 
     def _roll_back(self) -> None:
@@ -364,13 +376,14 @@ class _Run:
         if found is None:
             raise errors.TrainingError("the run has fallen ill and no healthy checkpoint is left to go back to")
         began_s = self._began_s
+        self._monitor.rolled_back(found.step * self._config.batch_size)  # first: it may be once too often
         self._take_up(found)
+        self._turns.forget()
         self._accelerator.wait_for_everyone()  # until all have read it
         if self._accelerator.is_main_process:
             self._checkpoints.discard_after(found.step)
         self._began_s = began_s  # time that was lost is spent all the same
-        self._monitor.rolled_back(found.step * self._config.batch_size)
-        self._save(last=False)
+        self._save(last=False, healthy=True)
 
 
 class _Turns:
@@ -401,6 +414,10 @@ class _Turns:
         self._skipped = dict.fromkeys(self._replicas, 0)  # steps in a row
         # A run that may be rolled back waits for the report that would do it.
         self._most_skipped = max(_MOST_SKIPPED, 2 * config.log_every_steps if config.health == "rollback" else 0)
+
+    def forget(self) -> None:
+        """That steps were skipped: the run has gone back to before."""
+        self._skipped = dict.fromkeys(self._skipped, 0)
 
     def take(self, step: int, parts: Iterable[Mapping[str, Any]], share: float) -> list[dict[str, float]]:
         """Every learner's turn at `share` of its learning rate. Returns what each reports, means over the whole batch.

@@ -34,7 +34,9 @@ def shard(network: nn.Module, accelerator: accelerate.Accelerator) -> None:
     for module in network.modules():
         if type(module).__name__ in SHARDED:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+    # The root's default is to stay gathered after a pass; without a backward pass nothing would give its weights back,
+    # and what is averaged, saved or restored meanwhile would be the shards beneath.
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 class Replica:
@@ -100,12 +102,20 @@ def mean(accelerator: accelerate.Accelerator, values: Mapping[str, Tensor]) -> d
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def on_cpu(network: nn.Module) -> nn.Module:
-    """A network whose weights are whole: itself, or a copy on the CPU if it was sharded. All processes must ask
-    together."""
+def on_cpu(network: nn.Module, *, main: bool) -> nn.Module:
+    """A network whose weights are whole: itself, or on the main process a copy on the CPU, if it was sharded.
+
+    All processes must ask together. What the others get is the network as it is.
+    """
     if not any(isinstance(weight, DTensor) for weight in network.parameters()):
         return network
-    weights = {name: whole(weight.detach()).cpu() for name, weight in network.state_dict().items()}
+    weights = {}
+    for name, weight in network.state_dict().items():
+        full = whole(weight.detach())
+        if main:
+            weights[name] = full.cpu()
+    if not main:
+        return network
     copied: nn.Module = type(network).from_config(network.config)  # type: ignore[attr-defined]
     copied.load_state_dict(weights)
     return copied

@@ -227,9 +227,11 @@ class _Planner:
 
     def switches(self) -> Iterator[Switch]:
         """Each setting that may help by itself, then all together that go with each other, without LoRA and with it."""
-        single, together = [], self._config
-        for name, change in _changes(self._config, self._machine.world):
-            changed = _apply(self._config, change)
+        # Alone, fsdp2 shards nothing and stands in the way of others.
+        now = _without_shards(self._config) if self._machine.world == 1 else self._config
+        single, together = [], now
+        for name, change in _changes(now, self._machine.world):
+            changed = _apply(now, change)
             if changed is None:
                 continue
             single.append((name, changed))
@@ -262,7 +264,9 @@ def _changes(config: "distill.DistillConfig", world: int) -> Iterator[tuple[str,
         yield "parallel=fsdp2", {"parallel": "fsdp2"}
     yield "optimizer=adamw8bit", {"optimizer": "adamw8bit"}
     if not config.lora_rank:
-        yield f"lora_rank={_LORA_RANK}", {"lora_rank": _LORA_RANK}
+        sharded = config.parallel == "fsdp2"
+        name = f"lora_rank={_LORA_RANK}" + (" parallel=ddp" if sharded else "")
+        yield name, {"lora_rank": _LORA_RANK, "parallel": "ddp"}
 
 
 def _apply(config: "distill.DistillConfig", change: Mapping[str, Any]) -> "distill.DistillConfig | None":

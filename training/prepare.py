@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import datetime
 import logging
+import math
 import pathlib
 import shutil
 import time
@@ -35,10 +36,10 @@ class Fellows:
     state: accelerate.PartialState
 
     @staticmethod
-    def join(*, cpu: bool = False) -> "Fellows":
+    def join() -> "Fellows":
         """They wait up to a day for one another, for one may draw while others are done."""
         options: dict[str, Any] = {"timeout": datetime.timedelta(days=1)}
-        return Fellows(accelerate.PartialState(cpu=cpu, **options))
+        return Fellows(accelerate.PartialState(**options))
 
     @property
     def share(self) -> tuple[int, int]:
@@ -46,11 +47,6 @@ class Fellows:
 
     def wait(self) -> None:
         self.state.wait_for_everyone()
-
-
-def multiple_px(parts: artifact.Parts) -> int:
-    """What a picture's sides must be multiples of: pixels per latent cell times the U-Net's stride."""
-    return int(parts.downscale * 2 ** (len(parts.unet.config.block_out_channels) - 1))
 
 
 def prepare(
@@ -72,7 +68,7 @@ def prepare(
     """
     rank, _ = fellows.share
     identity = Identity.of(parts)
-    table = buckets.build(settings.buckets, settings.size_px, multiple_px(parts))
+    table = buckets.build(settings.buckets, settings.size_px, parts.multiple_px)
     made: dict[str, Any] = {
         "teacher": teacher,
         "source": source.name,
@@ -204,6 +200,10 @@ def _check(given: argparse.Namespace) -> None:
         ("images_at_once", given.images_at_once > 0, "above 0"),
         ("images_timeout_s", given.images_timeout_s > 0, "above 0"),
         ("workers", given.workers > 0, "above 0"),
+        ("steps", given.steps is None or given.steps > 0, "above 0"),
+        ("guidance_scale", given.guidance_scale is None or 0 <= given.guidance_scale < math.inf, "finite, 0 or more"),
+        ("size_px", given.size_px is None or given.size_px > 0, "above 0"),
+        ("out", given.data is None or given.out.resolve() != given.data.resolve(), "another folder than --data"),
         ("images_from", not given.images_from or given.prompts is not None, "given with --prompts"),
     ):
         errors.require(fits, name, getattr(given, name), wanted)

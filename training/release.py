@@ -16,10 +16,13 @@ from typing import Any
 import torch
 
 import diffusion_kd
-from diffusion_kd import artifact, card, errors, licences
+from diffusion_kd import artifact, card, errors, files, licences
 from eval import fingerprint, images
 
 _log = logging.getLogger(__name__)
+
+FINE_TUNING = "finetuning.json"
+"""Where a fine-tuned teacher's folder tells what it was made of."""
 
 OWN_LICENCE = "Apache-2.0"
 """Of the shipped models."""
@@ -50,15 +53,42 @@ def require_licences(
     teacher_licence: what the user states, for a teacher that does not say.
     Raises ArtifactError if one forbids derivative models and was not accepted, ConfigError if one is stated away.
     """
-    found = [_of_model(str(lineage["teacher"]), "teacher", teacher_licence)]
+    found = _of_model(str(lineage["teacher"]), "teacher", teacher_licence)
     if lineage.get("start"):
-        found.append(_of_model(str(lineage["start"]), "start", ""))
+        found += _of_model(str(lineage["start"]), "start", "")
     found += licences.of_data(lineage.get("data_licences") or {})
     accepted = licences.require(found, acceptance)
     return {"licences": [licence.record() for licence in found], "acceptances": [dict(each) for each in accepted]}
 
 
-def _of_model(name: str, role: str, stated: str) -> licences.Licence:
+def _of_model(name: str, role: str, stated: str) -> list[licences.Licence]:
+    """A model's licence, and those of what it was fine-tuned from and on."""
+    return [_own_licence(name, role, stated), *_inherited(name, role)]
+
+
+def _inherited(name: str, role: str) -> list[licences.Licence]:
+    path = pathlib.Path(name) / FINE_TUNING
+    if not path.is_file():
+        return []
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["licences"]
+        return [
+            licences.Licence(
+                f"{record['covers']}, of which {role} {name} was made",
+                str(record["name"]),
+                licences.Kind(record["kind"]),
+                str(record["found_in"]),
+                int(record.get("items", 0)),
+            )
+            for record in records
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise errors.ArtifactError(
+            f"{path} is malformed ({errors.first_line(error)}); export the teacher anew"
+        ) from None
+
+
+def _own_licence(name: str, role: str, stated: str) -> licences.Licence:
     covers = f"{role} {name}"
     if name in artifact.SHIPPED:
         return licences.Licence(covers, OWN_LICENCE, licences.kind_of(OWN_LICENCE), "this project")
@@ -132,8 +162,13 @@ def export(
         and the hashes of the teacher's parts are added here. report: of this very student, for its card.
     Raises ArtifactError if a licence forbids it, or if the student is not finite.
     """
+    files.check_replaceable(folder, artifact.DISTILLATION_FILE)
     lineage = dict(distillation.lineage)
     teacher = str(lineage["teacher"])
+    for role in ("teacher", "start"):
+        name = str(lineage.get(role) or "")
+        if name and pathlib.Path(name).is_dir() and pathlib.Path(name).resolve() == folder.resolve():
+            raise errors.ConfigError(f"{folder} is the {role} itself; give another folder")
     lineage |= require_licences(lineage, acceptance or licences.Acceptance(), teacher_licence=teacher_licence)
     lineage |= {"teacher_from": _origin(teacher), "teacher_sha256": artifact.part_hashes(teacher)}
     described = dataclasses.replace(distillation, lineage=lineage)

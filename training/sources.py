@@ -459,6 +459,8 @@ def expand(pattern: str) -> list[pathlib.Path]:
 def _expand_braces(pattern: str) -> Iterator[str]:
     if match := _RANGE.search(pattern):
         low, high = match.groups()
+        if int(low) > int(high):
+            raise errors.DataError(f"{pattern}: {{{low}..{high}}} counts downwards; write the lower number first")
         values = [f"{number:0{len(low)}}" for number in range(int(low), int(high) + 1)]
     elif match := _CHOICE.search(pattern):
         values = match[1].split(",")

@@ -5,7 +5,7 @@ import logging
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from accelerate import tracking
@@ -43,13 +43,15 @@ def start(names: Sequence[str], folder: pathlib.Path) -> list[Any]:
 
 
 class Progress:
-    """Means since the last report, with the rate and the time left.
+    """Means since the last report, with the rate and the time left. Within it as a context its trackers run.
 
-    trackers: none on processes that only count along.
+    folder: the stage's. names: of trackers; none on processes that only count along.
     """
 
-    def __init__(self, name: str, steps: int, batch_size: int, trackers: Sequence[Any]) -> None:
-        self.name, self._steps, self._batch_size, self._trackers = name, steps, batch_size, trackers
+    def __init__(self, folder: pathlib.Path, steps: int, batch_size: int, names: Sequence[str]) -> None:
+        self.name, self._steps, self._batch_size = folder.name, steps, batch_size
+        self._folder, self._names = folder, names
+        self._trackers: list[Any] = []
         self.sums: dict[str, list[float]] = collections.defaultdict(list)
         self._taken, self._since = 0, time.monotonic()
 
@@ -89,6 +91,10 @@ class Progress:
         self.sums.clear()
         self._taken, self._since = 0, time.monotonic()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        self._trackers = start(self._names, self._folder)
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.finish()

@@ -32,6 +32,11 @@ class Parts:
         """Pixels per latent cell."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
+    @property
+    def multiple_px(self) -> int:
+        """What a picture's sides must be multiples of: pixels per latent cell times the U-Net's stride."""
+        return int(self.downscale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
     def denoiser(self) -> Denoiser:
         kind = types.prediction_type(self.scheduler.config.prediction_type)
         return Denoiser(self.unet, NoiseSchedule.from_scheduler(self.scheduler), kind)

@@ -251,6 +251,7 @@ def test_killed_by_the_system_it_goes_on_to_the_same_cache(models: pathlib.Path,
     stood = len([path for path in (out / "chunks").iterdir() if not path.name.startswith(".")])
     assert 2 <= stood <= 40 and not (out / "manifest.json").exists()
     (out / "chunks" / ".000002.half").mkdir()
+    (out / "chunks" / ".000002.half" / "16x16.safetensors").write_bytes(b"half")
     run(models, out, *options)
     assert files_of(out) == files_of(tmp_path / "whole")
 
