@@ -137,7 +137,7 @@ class Checkpoints:
             manifest = _sound(self._path(earlier))
             if manifest is not None and not manifest["healthy"]:
                 try:
-                    _write_manifest(self._path(earlier), manifest | {"healthy": True})
+                    _mark_healthy(self._path(earlier))
                 except OSError as error:
                     _log.warning("%s could not be marked as healthy (%s)", self._path(earlier), _said(error))
 
@@ -317,16 +317,21 @@ def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool
             "python": platform.python_version(),
         },
     }
-    _write_manifest(folder, manifest)
+    _write_manifest(folder / MANIFEST, manifest)
+    _sync(folder)
 
 
-def _write_manifest(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """The old one stands until the new one is on the disk."""
-    unfinished = folder / f".{MANIFEST}{_UNFINISHED}"
-    with unfinished.open("w", encoding="utf-8") as file:
+def _write_manifest(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _mark_healthy(folder: pathlib.Path) -> None:
+    """In its manifest, the old one of which stands until the new one is on the disk."""
+    unfinished = folder / f".{MANIFEST}{_UNFINISHED}"
+    _write_manifest(unfinished, json.loads((folder / MANIFEST).read_bytes()) | {"healthy": True})
     unfinished.replace(folder / MANIFEST)
     _sync(folder)
 

@@ -109,6 +109,17 @@ def test_the_last_few_are_kept_and_the_newest_healthy_one(tmp_path: pathlib.Path
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
+def test_what_is_confirmed_later_is_healthy_and_as_it_was(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    _save(checkpoints, 1, 2, 3, healthy=False)
+    before = json.loads((tmp_path / "step-000000002" / checkpoint.MANIFEST).read_text())
+    checkpoints.confirm(2)
+    assert (_newest(tmp_path), _newest(tmp_path, healthy_only=True)) == (3, 2)
+    after = json.loads((tmp_path / "step-000000002" / checkpoint.MANIFEST).read_text())
+    assert after == before | {"healthy": True}
+    assert sorted(path.name for path in (tmp_path / "step-000000002").iterdir()) == ["manifest.json", "state.pt"]
+
+
 def test_none_that_is_healthy_is_none(tmp_path: pathlib.Path) -> None:
     _save(Checkpoints(tmp_path), 1, 2, healthy=False)
     assert (_newest(tmp_path), _newest(tmp_path, healthy_only=True)) == (2, None)
