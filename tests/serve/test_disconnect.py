@@ -248,6 +248,11 @@ def leave_in_many_ways(service: Inside, go: Callable[[], None]) -> None:
     go()
 
 
+ROUNDS = 12
+"""What leaks grows by one a round at least, in any of the ways to leave; the other services of this process open and
+close a file now and then, which does not grow."""
+
+
 def test_those_who_leave_leave_nothing_behind(service: Inside, observer: Halting) -> None:
     def settled() -> None:
         eventually(lambda: idle(service) and not service.server.server_state.connections, what="rest")
@@ -263,13 +268,13 @@ def test_those_who_leave_leave_nothing_behind(service: Inside, observer: Halting
         for _ in range(engine.pool.size()):
             held.enter_context(engine.connect())
     before = footprint(service)
-    for _ in range(3):
+    for _ in range(ROUNDS):
         leave_in_many_ways(service, settled)
     found = dict[str, int]()
 
     def no_more() -> bool:
         found.update(footprint(service))
-        return all(found[name] <= before[name] for name in before)
+        return all(found[name] < before[name] + ROUNDS // 3 for name in before)
 
     with contextlib.suppress(AssertionError):
         eventually(no_more, within_s=10)
