@@ -68,6 +68,8 @@ class LoopConfig:
     trackers: list[str] = dataclasses.field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        if self.health == "False":  # YAML's reading of a bare `off`
+            self.health = "off"
         if self.batch_size < 1 or self.images < self.batch_size:
             raise errors.ConfigError(
                 f"images is {self.images} and batch_size {self.batch_size}; at least one batch must fit into images"

@@ -134,3 +134,7 @@ def test_a_folder_remembers_what_its_run_started_from(tmp_path: pathlib.Path) ->
 def test_the_demo_is_adversarial() -> None:
     loaded = config.load(distill.DistillConfig, "shapes_add_plus", demo.SHORT)
     assert loaded.objective.latent_weight > 0 and loaded.objective.distillation_weight > 0
+
+
+def test_a_bare_off_is_the_word_and_not_a_truth_value() -> None:
+    assert config.load(distill.DistillConfig, "shapes_add", ["training.health=off"]).training.health == "off"
