@@ -59,7 +59,7 @@ class ComputeConfig:
             ("parallel", ("ddp", "fsdp2")),
         ):
             value = getattr(self, name)
-            errors.require(value in choices, name, value, f"one of {', '.join(choices)}")
+            errors.require(value in choices, name, value, f"{', '.join(choices[:-1])} or {choices[-1]}")
         errors.require(0 <= self.lora_rank <= 1024, "lora_rank", self.lora_rank, "0 (all weights) to 1024")
         errors.require(self.lora_alpha >= 0, "lora_alpha", self.lora_alpha, "0 (the rank) or more")
         for contradicts, why in (

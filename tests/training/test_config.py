@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from diffusion_kd import errors
-from training import config, demo, distill, teacher
+from training import config, demo, distill, finetune, teacher
 
 
 @pytest.mark.parametrize(("schema", "name"), [(teacher.TeacherConfig, "shapes"), (distill.DistillConfig, "shapes_add")])
@@ -17,7 +17,7 @@ def test_shipped_configs_are_valid(schema: type, name: str) -> None:
 def test_every_shipped_config_belongs_to_a_command() -> None:
     for path in config.FOLDER.glob("*.yaml"):
         loaded = []
-        for schema in (teacher.TeacherConfig, distill.DistillConfig):
+        for schema in (teacher.TeacherConfig, distill.DistillConfig, finetune.FineTuneConfig):
             try:
                 loaded.append(config.load(schema, str(path)))
             except errors.ConfigError:
