@@ -22,9 +22,6 @@ class Draws:
         states = (np.random.SeedSequence((*seed, step, row, stream)).generate_state(1, np.uint64) for row in rows)
         self._generators = [torch.Generator().manual_seed(int(state[0])) for state in states]
 
-    def __len__(self) -> int:
-        return len(self._generators)
-
     def normal(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape) of unit Gaussian noise."""
         return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in self._generators])

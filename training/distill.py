@@ -399,10 +399,8 @@ def open_data(
     """What to learn from, as the command line names it. Raises DataError, or ConfigError if it does not fit."""
     size_px = config.size_px or parts.size_px
     config.check_size(size_px, shapes=given.data is None and given.prompts is None)
-    if given.data is not None and cache.is_cache(given.data):
-        return cache.open_for(given.data, parts, size_px)
     if given.data is not None:
-        return data.FolderImages(given.data, size_px)
+        return feed.open_folder(given.data, parts, size_px)
     if given.prompts is None:
         return data.ShapesImages(config.scenes, config.seed)
     return data.teacher_images(

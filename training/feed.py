@@ -1,5 +1,6 @@
 """Batches for an objective: out of captioned images, encoded as they are wanted, or out of a prepared cache."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -62,6 +63,15 @@ class Encoder:
             return latents.new_zeros(()).expand(len(latents), 3, height, width)
         with torch.no_grad(), self._accelerator.autocast():
             return decode(latents)
+
+
+def open_folder(
+    folder: pathlib.Path, teacher: artifact.Parts, size_px: int
+) -> data.CaptionedImages | cache.CachedImages:
+    """A prepared cache of this teacher's, or a folder of captioned images. Raises DataError, ConfigError."""
+    if cache.is_cache(folder):
+        return cache.open_for(folder, teacher, size_px)
+    return data.FolderImages(folder, size_px)
 
 
 class ImageFeed:

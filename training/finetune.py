@@ -33,7 +33,8 @@ STAGE = "unet"
 
 @dataclasses.dataclass
 class FineTuneConfig(compute.ComputeConfig):
-    """All settings of a fine-tuning. Those of how it computes are `compute.ComputeConfig`'s.
+    """All settings of a fine-tuning. Those of how it computes are `compute.ComputeConfig`'s; `frozen_precision` counts
+    beneath adapters alone.
 
     size_px: height and width to train at; 0: the teacher's own. A prepared cache has sizes of its own.
     caption_dropout: share of captions replaced by nothing, so that guidance goes on working.
@@ -189,15 +190,10 @@ def main(given: argparse.Namespace) -> None:
         raise errors.ConfigError("a teacher is fine-tuned on data of your own; give a cache or a folder with --data")
     accelerator = compute.launch(config)
     parts = compute.load_teacher(config, given.teacher, base=given.base, size_px=config.size_px)
-    images: data.CaptionedImages | cache.CachedImages = (
-        cache.open_for(given.data, parts, config.size_px or parts.size_px)
-        if cache.is_cache(given.data)
-        else data.FolderImages(given.data, config.size_px or parts.size_px)
-    )
     FineTuning(
         config,
         given.teacher,
-        images,
+        feed.open_folder(given.data, parts, config.size_px or parts.size_px),
         given.out,
         parts=parts,
         accelerator=accelerator,

@@ -1,4 +1,4 @@
-"""Low-rank adapters on a U-Net's attention (Hu et al. 2021), and the U-Net as it is without them."""
+"""Low-rank adapters on a U-Net's transformer blocks (Hu et al. 2021), and the U-Net as it is without them."""
 
 import contextlib
 from collections.abc import Iterator
