@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import pathlib
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -137,8 +138,22 @@ def _sqlite(url: sqlalchemy.URL) -> sqlalchemy.Engine:
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     """WAL: readers do not wait for the writer. FULL: what is committed survives a power cut, as a 202 promises."""
     connection.isolation_level = None  # The driver begins no transactions of its own; `_begin_sqlite` does.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    _enter_wal(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Turn a new file to WAL. While another start does the same, SQLite refuses at once, whatever the timeout."""
+    give_up = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_sqlite(connection: sqlalchemy.Connection) -> None:

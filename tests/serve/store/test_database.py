@@ -3,6 +3,7 @@
 import datetime
 import pathlib
 import sqlite3
+import threading
 from typing import Any
 
 import pytest
@@ -35,6 +36,17 @@ def test_several_starts_at_once_migrate_once(database_url: str, race: Any) -> No
     assert [opened.find_key(secret) for opened in stores] == [key] * 6
     for opened in stores:
         opened.close()
+
+
+def test_a_start_waits_for_another_that_makes_the_same_file(tmp_path: pathlib.Path) -> None:
+    """SQLite refuses a change to WAL at once while a new file is being written, whatever the timeout."""
+    other = sqlite3.connect(tmp_path / "service.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.2, other.rollback)
+    release.start()
+    store_module.Store(f"sqlite:///{tmp_path}/service.db").close()
+    release.join()
+    other.close()
 
 
 def test_a_failed_migration_leaves_nothing(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
