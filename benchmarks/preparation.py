@@ -23,8 +23,9 @@ import torch
 
 from diffusion_kd import artifact, errors
 from diffusion_kd.networks import sdxl
-from training import buckets, cache, chunks, data, encoding, sources
-from training.identity import Identity
+from training import cache, data
+from training.preparation import buckets, chunks, encoding, sources
+from training.preparation.identity import Identity
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from diffusion_kd import artifact, errors, files
 from diffusion_kd.types import Conditioning
-from training import filters
-from training.identity import Identity
+from training.preparation import filters
+from training.preparation.identity import Identity
 
 SCHEMA_VERSION = 1
 MANIFEST, INDEX, REJECTED, RECORD = "manifest.json", "index.safetensors", "rejected.jsonl", "record.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.shapes import scenes
-from training import drawing, filters, pictures, sources
+from training.preparation import drawing, filters, pictures, sources
 
 
 class CaptionedImages(Protocol):

@@ -22,9 +22,10 @@ import tqdm
 
 from diffusion_kd import artifact, errors, files, pipeline
 from eval import fingerprint
-from training import buckets, cache, chunks, drawing, encoding, sources
+from training import cache
 from training import config as configs
-from training.identity import Identity
+from training.preparation import buckets, chunks, drawing, encoding, sources
+from training.preparation.identity import Identity
 
 _log = logging.getLogger(__name__)
 

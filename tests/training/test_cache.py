@@ -11,7 +11,7 @@ import torch
 from diffusion_kd import artifact, errors
 from tests import toys
 from training import cache
-from training.identity import Identity
+from training.preparation.identity import Identity
 
 SIZES = {(16, 16): 5, (8, 32): 3}
 

@@ -18,7 +18,8 @@ import torch
 
 from diffusion_kd import artifact, errors
 from tests import toys
-from training import buckets, cache, chunks, encoding, filters, prepare, sources
+from training import cache, prepare
+from training.preparation import buckets, chunks, encoding, filters, sources
 
 SIZES = [(16, 16), (40, 30), (20, 60), (64, 16), (33, 50)]
 

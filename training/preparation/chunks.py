@@ -21,7 +21,8 @@ import tqdm
 from numpy.typing import NDArray
 
 from diffusion_kd import errors
-from training import buckets, cache, encoding, filters, pictures, sources
+from training import cache
+from training.preparation import buckets, encoding, filters, pictures, sources
 
 _log = logging.getLogger(__name__)
 

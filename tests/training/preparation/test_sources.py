@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from diffusion_kd import errors
-from training import filters, pictures, sources
+from training.preparation import filters, pictures, sources
 
 ENTRIES = [
     {"file_name": "a.png", "text": "a red, very\nred wall", "licence": "CC0-1.0"},

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from diffusion_kd import errors, pipeline
-from training import filters, pictures, sources
+from training.preparation import filters, pictures, sources
 
 _log = logging.getLogger(__name__)
 

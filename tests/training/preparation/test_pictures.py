@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from diffusion_kd import errors
-from training import pictures
+from training.preparation import pictures
 
 
 def encoded(image: PIL.Image.Image, kind: str = "PNG", **options: object) -> bytes:

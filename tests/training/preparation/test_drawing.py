@@ -17,7 +17,7 @@ import torch
 
 from diffusion_kd import errors, pipeline
 from tests import toys
-from training import drawing, filters, pictures
+from training.preparation import drawing, filters, pictures
 
 
 def test_prompts_are_read_from_lines_and_tables(tmp_path: pathlib.Path) -> None:

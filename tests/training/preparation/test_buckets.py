@@ -3,7 +3,7 @@
 import pytest
 
 from diffusion_kd import errors
-from training import buckets
+from training.preparation import buckets
 
 # Podell et al. 2023, appendix I: the wide half of the table, height then width.
 SDXL = {

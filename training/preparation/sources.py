@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from diffusion_kd import errors
-from training import filters, pictures
+from training.preparation import filters, pictures
 
 _log = logging.getLogger(__name__)
 

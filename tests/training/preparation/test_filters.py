@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from numpy.typing import NDArray
 
-from training import filters, pictures
+from training.preparation import filters, pictures
 
 
 @pytest.mark.parametrize(
