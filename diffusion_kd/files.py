@@ -1,4 +1,4 @@
-"""Where a command may write, and folders that appear whole or not at all."""
+"""Where a command may write, and files and folders that appear whole or not at all."""
 
 import contextlib
 import os
@@ -38,6 +38,23 @@ def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         for weights in unfinished.rglob("*.safetensors"):
             weights.chmod(0o644)
         _put(unfinished, folder)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside `path` to write a file at, which then takes its place; a failure leaves what stood there.
+
+    Flushed to the disk before it is renamed, so that not even a power cut leaves half a file under the name. Several
+    processes may write the same name; the last one stays.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _put(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import diffusion_kd
-from diffusion_kd import artifact, card, errors
+from diffusion_kd import artifact, card, errors, files
 from eval import fingerprint, processes, sampling, suites
 
 _log = logging.getLogger(__name__)
@@ -185,21 +185,13 @@ def _fit_one(image_uint8: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
 
 def _save(path: pathlib.Path, image_uint8: NDArray[np.uint8]) -> None:
-    _whole(path, lambda beside: PIL.Image.fromarray(image_uint8).save(beside, format="PNG", compress_level=1))
+    with files.replacing(path) as unfinished:
+        PIL.Image.fromarray(image_uint8).save(unfinished, format="PNG", compress_level=1)
 
 
 def _write(path: pathlib.Path, content: bytes) -> None:
-    _whole(path, lambda beside: beside.write_bytes(content))
-
-
-def _whole(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Write a file beside its place and move it there; what is there was written to its end."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with files.replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Where a command may write."""
+"""Where a command may write, and what it leaves where it fails."""
 
 import os
 import pathlib
@@ -26,3 +26,27 @@ def test_a_folder_without_permission_is_named(tmp_path: pathlib.Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(errors.ConfigError, match="no permission"):
         files.check_folder(tmp_path / "run")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "file.json"
+    for text in ("old", "new"):
+        with files.replacing(path) as unfinished:
+            unfinished.write_text(text)
+
+    def fail() -> None:
+        with files.replacing(path) as unfinished:
+            unfinished.write_text("ha")
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        fail()
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_a_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, standing = tmp_path / "file.json", []
+    monkeypatch.setattr(files.os, "fsync", lambda _: standing.append(path.exists()))
+    with files.replacing(path) as unfinished:
+        unfinished.write_text("new")
+    assert standing == [False] and path.exists()

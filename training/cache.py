@@ -272,9 +272,8 @@ def _manifest(
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with files.replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import omegaconf
 import yaml
 
-from diffusion_kd import errors
+from diffusion_kd import errors, files
 
 FOLDER = pathlib.Path(__file__).parent / "configs"
 
@@ -69,9 +69,8 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
                 )
     elif write:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        with files.replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_kd import artifact, errors, pipeline
+from diffusion_kd import artifact, errors, files, pipeline
 from diffusion_kd.shapes import scenes
 from training.preparation import drawing, filters, pictures, sources
 
@@ -148,9 +148,8 @@ def teacher_images(
         sampler.to(accelerator.device)
         drawing.draw(sampler, {one: one.prompt for one in chosen}, folder, guidance_scale=guidance_scale)
         lines = [json.dumps({"file_name": f"{one.name}.png", "text": one.prompt}) + "\n" for one in chosen]
-        unfinished = folder / "metadata.jsonl.unfinished"
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        unfinished.replace(folder / "metadata.jsonl")
+        with files.replacing(folder / "metadata.jsonl") as unfinished:
+            unfinished.write_text("".join(lines), encoding="utf-8")
     accelerator.wait_for_everyone()
     return FolderImages(folder, parts.size_px)
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -466,13 +465,3 @@ class _Turns:
             )
         mark = {f"{learner.name}_skipped": float(not finite)}
         return report | mark if finite else mark
-
-
-def save_atomically(content: object, path: pathlib.Path) -> None:
-    """torch.save to a neighbour, flush, then rename: a reader finds the old file or the new one, never half."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)

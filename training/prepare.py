@@ -231,7 +231,7 @@ def draw_source(
     prompts = drawing.read_prompts(given.prompts)
     folder = given.out / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob("*.unfinished") if fellows.share[0] == 0 else ():
+    for half in folder.glob(".*.unfinished") if fellows.share[0] == 0 else ():
         half.unlink()
     fellows.wait()
     if given.images_from:

@@ -203,9 +203,8 @@ def add_report(folder: pathlib.Path, report: pathlib.Path) -> None:
             f"python -m eval.run --student {folder} --out FOLDER"
         )
     text = card.with_evaluation(folder, artifact.content(distillation), evaluation(content))
-    unfinished = folder / f".{card.NAME}.unfinished"
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / card.NAME)
+    with files.replacing(folder / card.NAME) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
     _log.info("the card of %s has the evaluation of %s", folder, report)
 
 

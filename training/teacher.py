@@ -246,7 +246,7 @@ class Build:
                 "latents": torch.cat([self._encode(chunk).half() for chunk in chunks]),
                 "labels": torch.cat(labels) if labels else None,
             }
-            loop.save_atomically(part, self.folder / f"latents.{rank}.pt")
+            _save(part, self.folder / f"latents.{rank}.pt")
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 self._join_parts([self.folder / f"latents.{worker}.pt" for worker in range(workers)], path)
@@ -258,7 +258,7 @@ class Build:
     def _join_parts(paths: list[pathlib.Path], joined: pathlib.Path) -> None:
         parts = [torch.load(path) for path in paths]
         labels = None if parts[0]["labels"] is None else torch.cat([part["labels"] for part in parts])
-        loop.save_atomically({"latents": torch.cat([part["latents"] for part in parts]), "labels": labels}, joined)
+        _save({"latents": torch.cat([part["latents"] for part in parts]), "labels": labels}, joined)
         for path in paths:
             path.unlink()
 
@@ -350,6 +350,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if given.teacher is not None and given.export_now:
         parser.error("--export-now is for a teacher from nothing; with --teacher, run the same command again")
     return given
+
+
+def _save(content: object, path: pathlib.Path) -> None:
+    with files.replacing(path) as unfinished:
+        torch.save(content, unfinished)
 
 
 def main(arguments: list[str] | None = None) -> None:

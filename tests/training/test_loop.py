@@ -191,21 +191,6 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: pathlib.Path
         )  # nothing is drawn
 
 
-def test_an_interrupted_write_leaves_the_last_file(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    loop.save_atomically({"step": 1}, path)
-
-    def fail(content: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(loop.torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
-        loop.save_atomically({"step": 2}, path)
-    monkeypatch.undo()
-    assert torch.load(path)["step"] == 1
-
-
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,7 +22,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from diffusion_kd import errors, pipeline
+from diffusion_kd import errors, files, pipeline
 from training.preparation import filters, pictures, sources
 
 _log = logging.getLogger(__name__)
@@ -139,9 +139,8 @@ def _keep(folder: pathlib.Path, one: Wanted, image: Tensor) -> None:
         refuse(folder, one, filters.Rejection(filters.NOT_FINITE, f"{one.name}: the teacher drew NaN"))
         return
     pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    unfinished = folder / f"{one.name}.png.unfinished"
-    PIL.Image.fromarray(pixels).save(unfinished, "PNG")
-    unfinished.replace(picture_path(folder, one.name))
+    with files.replacing(picture_path(folder, one.name)) as unfinished:
+        PIL.Image.fromarray(pixels).save(unfinished, "PNG")
 
 
 def refuse(folder: pathlib.Path, one: Wanted, why: filters.Rejection) -> None:
@@ -150,9 +149,8 @@ def refuse(folder: pathlib.Path, one: Wanted, why: filters.Rejection) -> None:
 
 
 def _put(path: pathlib.Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with files.replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
