@@ -33,7 +33,7 @@ from diffusion_kd import artifact, errors
 from diffusion_kd.losses import adversarial
 from diffusion_kd.networks import features, sdxl
 from diffusion_kd.objectives.base import Batch
-from training import average, compute, distill, feed, loop, plan, rehearsal
+from training import average, compute, distill, feed, loop, networks, plan, rehearsal
 from training import config as configs
 
 TOY = sdxl.Dimensions(
@@ -117,8 +117,8 @@ def prepare(case: Case, overrides: Sequence[str], steps: int, folder: pathlib.Pa
         distill.DistillConfig, "shapes_add", [f"feature_network={case.eyes}", *length, *rare, *overrides]
     )
     parts = case.load(config)
-    eyes = _random_eyes if case.eyes == "dinov2" else distill.load_feature_network
-    with mock.patch.object(distill, "load_feature_network", eyes):
+    eyes = _random_eyes if case.eyes == "dinov2" else networks.load_feature_network
+    with mock.patch.object(networks, "load_feature_network", eyes):
         return distill.Distillation(config, case.name, Drawn(64, parts.size_px), folder, parts=parts)
 
 
@@ -307,7 +307,9 @@ def show_memory(case: Case, steps: int = 2) -> None:
         config = kept[0].config
         parts = case.architecture()
         eyes = _random_eyes("", parts.size_px) if case.eyes == "dinov2" else plan.architecture_of_eyes(case.eyes, 0)
-        planned = plan.make(config, case.name, plan.Machine(cuda=cuda), cast=rehearsal.Cast(parts, eyes))
+        planned = plan.make(
+            config, case.name, plan.Machine(cuda=cuda), architectures=rehearsal.Architectures(parts, eyes)
+        )
         sys.stdout.write(f"  {' '.join(chosen):78}{measured / 1e6:>10.1f}{planned.peak_gb * 1000:>10.1f}\n")
         sys.stdout.flush()
 

@@ -5,7 +5,6 @@ diffusers folder, or as a LoRA file, with `distillation.json`. `--plan` says wha
 """
 
 import argparse
-import copy
 import dataclasses
 import logging
 import math
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion_kd import artifact, errors, files, licences, pipeline
-from diffusion_kd.denoiser import Denoiser
-from diffusion_kd.networks import features, lora
+from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
 from diffusion_kd.shapes import model
-from training import cache, compute, data, feed, loop, parallel, plan, release, tracking
+from training import cache, compute, data, feed, loop, networks, parallel, plan, release, tracking
 from training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -127,17 +125,6 @@ class DistillConfig(compute.ComputeConfig):
             )
 
 
-def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
-    """The discriminator's eyes, by the names of `DistillConfig.feature_network`. Raises ModelError."""
-    kind, _, rest = name.partition(":")
-    if kind == "dinov2":
-        return features.DinoFeatures(weights=rest or True, size_px=min(518, size_px // 14 * 14))
-    if kind == "open_clip":
-        architecture, _, weights = rest.partition(":")
-        return features.OpenClipFeatures(architecture, weights or None)
-    return pipeline.load_feature_network(name)
-
-
 class Distillation:
     """One run: a teacher, its student, the data and a folder.
 
@@ -173,32 +160,19 @@ class Distillation:
             else compute.load_teacher(config, teacher, base=base, size_px=config.size_px)
         )
         torch.manual_seed(config.seed)
-        self.objective = self._objective(self.accelerator.device)
+        self.objective = self._objective()
         self.feed = self._feed(images)
 
-    def _objective(self, device: torch.device) -> add.ADD:
-        """Frozen networks go to the device in their own precision; the student starts from the full one."""
-        config, teacher = self.config, self.parts.denoiser()
-        if config.lora_rank and self.start is None:
-            student, teacher = teacher, lora.WithoutAdapters(teacher.unet, teacher.schedule, teacher.prediction_type)
-        else:
-            student = copy.deepcopy(teacher)
-        if self.start is not None:
-            _go_on_from(student, self.parts, self.start)
-        self.parts.to(device, config.frozen_dtype)
-        decoder = (
-            artifact.load_tiny_decoder(config.pixel_decoder, self.parts) if config.pixel_decoder else self.parts.vae
+    def _objective(self) -> add.ADD:
+        config, parts = self.config, self.parts
+        return networks.make_objective(
+            config,
+            parts,
+            feature_network=networks.load_feature_network(config.feature_network, parts.size_px),
+            device=self.accelerator.device,
+            tiny_decoder=artifact.load_tiny_decoder(config.pixel_decoder, parts) if config.pixel_decoder else None,
+            student=networks.earlier_student(self.start, parts) if self.start else None,
         )
-        eyes = load_feature_network(config.feature_network, self.parts.size_px)
-        objective = add.ADD(
-            config.objective,
-            student=student.to(device),
-            teacher=teacher,
-            vae=nn.Module.to(decoder, device, config.frozen_dtype) if config.pixel_decoder else decoder,
-            feature_network=eyes.to(device, config.frozen_dtype),
-        )
-        config.prepare(student.unet, device)  # last: the objective has frozen what it shares with the teacher
-        return objective
 
     def _feed(self, images: data.CaptionedImages | cache.CachedImages) -> feed.Feed:
         encoder = feed.Encoder(self.parts, self.accelerator, self.config.negative_prompt)
@@ -337,38 +311,6 @@ def _agreement(eyes: features.TextImageNetwork, images: Tensor, captions: list[s
     with torch.no_grad():
         seen = eyes(images.to(weight)).vector
         return float(functional.cosine_similarity(seen.float(), eyes.embed_text(captions).float()).mean())
-
-
-def _go_on_from(student: Denoiser, teacher: artifact.Parts, start: str) -> None:
-    """Give a copy of the teacher the weights of an earlier student of it."""
-    earlier = artifact.load(start)
-    if earlier.scheduler.config.prediction_type != student.prediction_type:
-        raise errors.ModelError(
-            f"{start} predicts {earlier.scheduler.config.prediction_type} and the teacher {student.prediction_type}; "
-            "start from a student of this teacher"
-        )
-    try:
-        student.unet.load_state_dict(earlier.unet.state_dict())
-    except RuntimeError as error:
-        raise errors.ModelError(
-            f"{start} is not of the teacher's architecture ({errors.first_line(error)}); "
-            "start from a student of this teacher"
-        ) from None
-    if not _same_weights(teacher.vae, earlier.vae):
-        raise errors.ModelError(
-            f"{start} has another autoencoder than the teacher, so its latents mean something else; "
-            "start from a student of this teacher"
-        )
-
-
-def _same_weights(module: nn.Module, other: nn.Module) -> bool:
-    """Whether they agree to within half precision, in which a student may be stored."""
-    ours, theirs = module.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        weight.shape == theirs[name].shape
-        and torch.allclose(weight.cpu().float(), theirs[name].cpu().float(), rtol=1e-2, atol=1e-4)
-        for name, weight in ours.items()
-    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -122,18 +122,21 @@ def make(
     machine: Machine | None = None,
     *,
     cached: bool = False,
-    cast: rehearsal.Cast | None = None,
+    goes_on: bool = False,
+    architectures: rehearsal.Architectures | None = None,
     switches: bool | None = None,
 ) -> Plan:
     """Plan a run of `config` from a teacher by name: its config files are read, its weights are not.
 
-    cached: latents and text come from a prepared cache. cast: the networks, if they are at hand.
+    cached: latents and text come from a prepared cache. goes_on: from an earlier student, as of --student.
+    architectures: the networks, if they are at hand.
     switches: whether to rehearse them; None: if the run does not fit.
     Raises ConfigError if the batch cannot be shared among the devices, ModelError for a teacher that cannot be read.
     """
     began = time.monotonic()
     machine = machine or Machine()
-    planner = _Planner(config, cast or _cast(config, teacher), machine, cached)
+    architectures = dataclasses.replace(architectures or _architectures(config, teacher), goes_on=goes_on)
+    planner = _Planner(config, architectures, machine, cached)
     found = planner.rehearse(config)
     peak = planner.peak(config, found)
     fits = peak.total_bytes / _GIGA <= machine.usable_gb
@@ -161,15 +164,21 @@ def make(
 class _Planner:
     """Rehearsals of a run and of what it might be instead, on one machine."""
 
-    def __init__(self, config: "distill.DistillConfig", cast: rehearsal.Cast, machine: Machine, cached: bool) -> None:
-        self.size_px = config.size_px or cast.parts.size_px
-        self._config, self._cast, self._machine, self._cached = config, cast, machine, cached
+    def __init__(
+        self,
+        config: "distill.DistillConfig",
+        architectures: rehearsal.Architectures,
+        machine: Machine,
+        cached: bool,
+    ) -> None:
+        self.size_px = config.size_px or architectures.parts.size_px
+        self._config, self._architectures, self._machine, self._cached = config, architectures, machine, cached
         self._rehearsed: dict[str, rehearsal.Rehearsal] = {}
         errors.require(
-            self.size_px % cast.parts.downscale == 0,
+            self.size_px % architectures.parts.downscale == 0,
             "size_px",
             self.size_px,
-            f"a multiple of {cast.parts.downscale}",
+            f"a multiple of {architectures.parts.downscale}",
         )
 
     def micro_batch(self, config: "distill.DistillConfig") -> int:
@@ -188,11 +197,16 @@ class _Planner:
         if repr(config) not in self._rehearsed:
             tiny = None
             if config.pixel_decoder:
-                channels = self._cast.parts.vae.config.latent_channels
-                tiny = self._cast.tiny_decoder or sdxl.build_tiny_decoder("meta", channels)
-            cast = dataclasses.replace(self._cast, tiny_decoder=tiny)
+                channels = self._architectures.parts.vae.config.latent_channels
+                tiny = self._architectures.tiny_decoder or sdxl.build_tiny_decoder("meta", channels)
+            architectures = dataclasses.replace(self._architectures, tiny_decoder=tiny)
             self._rehearsed[repr(config)] = rehearsal.rehearse(
-                config, cast, micro_batch=count, size_px=self.size_px, cached=self._cached, cuda=self._machine.cuda
+                config,
+                architectures,
+                micro_batch=count,
+                size_px=self.size_px,
+                cached=self._cached,
+                cuda=self._machine.cuda,
             )
         return self._rehearsed[repr(config)]
 
@@ -302,13 +316,13 @@ def _gathered_bytes(config: "distill.DistillConfig", blocks: tuple[int, int]) ->
     return (2 * largest + rest) * (2 * width + 4)
 
 
-def _cast(config: "distill.DistillConfig", teacher: str) -> rehearsal.Cast:
+def _architectures(config: "distill.DistillConfig", teacher: str) -> rehearsal.Architectures:
     parts = artifact.architecture(teacher)
-    return rehearsal.Cast(parts, architecture_of_eyes(config.feature_network, config.size_px or parts.size_px))
+    return rehearsal.Architectures(parts, architecture_of_eyes(config.feature_network, config.size_px or parts.size_px))
 
 
 def architecture_of_eyes(name: str, size_px: int) -> features.FeatureNetwork:
-    """The feature network that `distill.load_feature_network` would load, on `meta`. Raises ModelError."""
+    """The feature network that `networks.load_feature_network` would load, on `meta`. Raises ModelError."""
     kind, _, rest = name.partition(":")
     with torch.device("meta"):
         if kind == "dinov2":
@@ -409,6 +423,7 @@ def machine_of(given: argparse.Namespace) -> Machine:
 
 def show(config: "distill.DistillConfig", teacher: str, given: argparse.Namespace, *, cached: bool = False) -> Plan:
     """Write the plan to stdout; what `--plan` does. Raises as `make` does."""
-    plan = make(config, teacher, machine_of(given), cached=cached, switches=given.switches or None)
+    switches = given.switches or None
+    plan = make(config, teacher, machine_of(given), cached=cached, goes_on=given.student is not None, switches=switches)
     sys.stdout.write(table(plan) + "\n")
     return plan

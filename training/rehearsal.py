@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffusion_kd import pipeline
 from diffusion_kd.conditioning import time_ids
-from diffusion_kd.networks import features, lora
-from diffusion_kd.networks.parts import Parts, autoencoder_dtype
+from diffusion_kd.networks import attention, features
+from diffusion_kd.networks.parts import Parts
 from diffusion_kd.objectives import add
 from diffusion_kd.objectives.base import Batch, Phase
 from diffusion_kd.types import Conditioning
-from training import average, compute, ledger, parallel
+from training import average, compute, ledger, networks, parallel
 
 if TYPE_CHECKING:
     from training import distill
@@ -35,12 +35,16 @@ _CUDA_BLOCK_BYTES = 512
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Cast:
-    """Who takes part, as architectures: on `meta` they read no weights. tiny_decoder: None without one."""
+class Architectures:
+    """What takes part: on `meta` nothing reads weights. tiny_decoder: None without one.
+
+    goes_on: from an earlier student, which then is a second network beneath adapters too.
+    """
 
     parts: Parts
-    eyes: features.FeatureNetwork
+    feature_network: features.FeatureNetwork
     tiny_decoder: nn.Module | None = None
+    goes_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Rehearsal:
 
 def rehearse(
     config: "distill.DistillConfig",
-    cast: Cast,
+    architectures: Architectures,
     *,
     micro_batch: int,
     size_px: int,
@@ -74,25 +78,34 @@ def rehearse(
     cached: latents and text come from a prepared cache, so nothing is encoded.
     cuda: arithmetic and allocation as on CUDA; else as on a CPU. `compile` is not rehearsed.
     """
-    backend = "sdpa" if cuda and config.attention in ("auto", "xformers") else config.attention
+    backend = attention.choose("auto", torch.device("cuda" if cuda else "cpu"))
+    if config.attention in ("sdpa", "plain"):
+        backend = config.attention
     config = dataclasses.replace(config, attention=backend, compile=False, optimizer="adamw")
-    return _Stage(config, cast, micro_batch, size_px, cached=cached, cuda=cuda).run()
+    return _Stage(config, architectures, micro_batch, size_px, cached=cached, cuda=cuda).run()
 
 
 class _Stage:
     """The networks as fake tensors, and the step that they run."""
 
     def __init__(
-        self, config: "distill.DistillConfig", cast: Cast, micro_batch: int, size_px: int, *, cached: bool, cuda: bool
+        self,
+        config: "distill.DistillConfig",
+        architectures: Architectures,
+        micro_batch: int,
+        size_px: int,
+        *,
+        cached: bool,
+        cuda: bool,
     ) -> None:
         self._config, self._micro_batch, self._size_px, self._cached = config, micro_batch, size_px, cached
         self._cuda = cuda
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._ledger = ledger.Ledger(_CUDA_BLOCK_BYTES if cuda else 1)
         self._bones: dict[int, tuple[Tensor, Tensor]] = {}
-        cast = copy.deepcopy(cast)
-        self._parts = cast.parts
-        self._objective = self._make_objective(cast)
+        architectures = copy.deepcopy(architectures)
+        self._parts = architectures.parts
+        self._objective = self._make_objective(architectures)
         self._phases = self._objective.phases
         with self._fake:
             self._optimizers = [self._make_optimizer(phase) for phase in self._phases]
@@ -115,41 +128,41 @@ class _Stage:
 
     # --- who takes part ---
 
-    def _make_objective(self, cast: Cast) -> add.ADD:
-        """As `training.distill` makes it; then every weight loses its numbers."""
-        config, teacher = self._config, cast.parts.denoiser()
-        if config.lora_rank:
-            student, teacher = teacher, lora.WithoutAdapters(teacher.unet, teacher.schedule, teacher.prediction_type)
-        else:
-            student = copy.deepcopy(teacher)
-        vae = cast.tiny_decoder or cast.parts.vae
-        objective = add.ADD(config.objective, student=student, teacher=teacher, vae=vae, feature_network=cast.eyes)
-        config.prepare(student.unet, torch.device("cuda" if self._cuda else "cpu"))
-        frozen = config.frozen_dtype
-        self._strip(objective.heads, torch.float32)
-        self._strip(cast.parts.vae, autoencoder_dtype(cast.parts.vae.config, frozen))
-        for module in (student, teacher, cast.parts.text, vae, cast.eyes):
-            self._strip(module, frozen)
+    def _make_objective(self, architectures: Architectures) -> add.ADD:
+        """As a training makes it, of weights without numbers; then fake tensors take their places."""
+        parts, tiny_decoder = architectures.parts, architectures.tiny_decoder
+        objective = networks.make_objective(
+            self._config,
+            parts,
+            feature_network=architectures.feature_network,
+            device=torch.device("meta"),
+            tiny_decoder=tiny_decoder,
+            student=copy.deepcopy(parts.denoiser()) if architectures.goes_on else None,
+        )
+        for module in (objective.student, objective.teacher, objective.heads, objective.feature_network):
+            self._strip(module)
+        for module in (parts.vae, parts.text, *([tiny_decoder] if tiny_decoder is not None else ())):
+            self._strip(module)
         return objective
 
-    def _strip(self, module: nn.Module, dtype: torch.dtype) -> None:
-        """Put fake tensors in the place of a module's: frozen ones in `dtype`, those that learn in float32."""
+    def _strip(self, module: nn.Module) -> None:
+        """Put fake tensors in the place of a module's."""
         for part in module.modules():
             for owned in (part._parameters, part._buffers):
                 for name, tensor in owned.items():
                     if tensor is not None:
-                        owned[name] = self._bone(tensor, dtype)
+                        owned[name] = self._bone(tensor)
 
-    def _bone(self, tensor: Any, dtype: torch.dtype) -> Any:
+    def _bone(self, tensor: Any) -> Any:
         """The fake tensor that stands for a tensor, the same for all who share it."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in self._bones:
-            learns = tensor.requires_grad
-            kept = torch.float32 if learns else dtype if tensor.is_floating_point() else tensor.dtype
             with self._fake:
-                bone: Tensor = torch.empty(tensor.shape, dtype=kept, device="cpu")
-            self._bones[id(tensor)] = (tensor, nn.Parameter(bone, learns) if isinstance(tensor, nn.Parameter) else bone)
+                bone: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                bone = nn.Parameter(bone, tensor.requires_grad)
+            self._bones[id(tensor)] = (tensor, bone)
         return self._bones[id(tensor)][1]
 
     def _make_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
@@ -173,6 +186,7 @@ class _Stage:
         for label, module in (
             (HEADS, objective.heads),
             ("teacher weights", objective.teacher),
+            ("frozen student weights", objective.student),  # none where they are the teacher's
             ("VAE weights", self._parts.vae),
             ("tiny decoder weights", objective.vae),
             ("text encoder weights", self._parts.text),

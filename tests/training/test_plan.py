@@ -11,7 +11,7 @@ from benchmarks import training_step
 from diffusion_kd import errors
 from diffusion_kd.networks import sdxl
 from tests import toys
-from training import distill, ledger, loop, plan, rehearsal
+from training import distill, ledger, loop, networks, plan, rehearsal
 
 SIZE_PX = 32  # larger than the toys' own, so that activations weigh as much as weights
 
@@ -35,9 +35,9 @@ def test_the_planned_peak_is_what_a_training_takes(
     settings: dict[str, Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(**settings)
-    cast = rehearsal.Cast(toys.tiny_parts(), toys.ToyFeatures())
-    planned = plan.make(config, "toy", plan.Machine(cuda=False), cast=cast)
-    monkeypatch.setattr(distill, "load_feature_network", lambda name, size_px: toys.ToyFeatures())
+    architectures = rehearsal.Architectures(toys.tiny_parts(), toys.ToyFeatures())
+    planned = plan.make(config, "toy", plan.Machine(cuda=False), architectures=architectures)
+    monkeypatch.setattr(networks, "load_feature_network", lambda name, size_px: toys.ToyFeatures())
     measured = training_step.measured_bytes(
         lambda: distill.Distillation(
             config, "toy", training_step.Drawn(16, SIZE_PX), tmp_path, parts=toys.tiny_parts()
@@ -47,15 +47,28 @@ def test_the_planned_peak_is_what_a_training_takes(
     assert planned.peak_gb * 1e9 == pytest.approx(measured, rel=0.02)
 
 
+def test_who_goes_on_from_a_student_has_a_second_network_beneath_the_adapters() -> None:
+    config = config_of(precision="bf16", frozen_precision="bf16", lora_rank=4)
+    architectures = rehearsal.Architectures(toys.tiny_parts(), toys.ToyFeatures())
+    begins, goes_on = (
+        plan.make(config, "toy", plan.Machine(cuda=False), architectures=architectures, goes_on=goes_on)
+        for goes_on in (False, True)
+    )
+    own = 4e-9 * (begins.parameters["student"] - begins.parameters["trained"])
+    assert goes_on.at_peak_gb["frozen student weights"] == pytest.approx(own, rel=0.01)
+    assert "frozen student weights" not in begins.at_peak_gb
+    assert goes_on.at_peak_gb["teacher weights"] == pytest.approx(own / 2, rel=0.01)
+
+
 def plan_of(machine: plan.Machine | None = None, *, switches: bool | None = None, **settings: Any) -> plan.Plan:
     """Latent heads and distances alone: no pixel is decoded, so that it takes little time."""
     objective = distill.add.ADDConfig(adversarial_weight=0.0, distance_space="latent")
-    cast = rehearsal.Cast(toys.tiny_parts(), toys.ToyFeatures())
+    architectures = rehearsal.Architectures(toys.tiny_parts(), toys.ToyFeatures())
     return plan.make(
         config_of(objective=objective, **settings),
         "toy",
         machine or plan.Machine(cuda=False),
-        cast=cast,
+        architectures=architectures,
         switches=switches,
     )
 
@@ -65,7 +78,9 @@ def test_sdxl_is_planned_without_its_weights() -> None:
     config = config_of(objective=objective, precision="bf16", size_px=512, training_batch_size=1)
     with torch.device("meta"):
         eyes = toys.ToyFeatures()
-    found = plan.make(config, "sdxl-base", plan.Machine(), cast=rehearsal.Cast(sdxl.build_parts(), eyes))
+    found = plan.make(
+        config, "sdxl-base", plan.Machine(), architectures=rehearsal.Architectures(sdxl.build_parts(), eyes)
+    )
     assert found.parameters["student"] == found.parameters["trained"] == 2_567_463_684
     assert found.at_peak_gb["student weights"] == pytest.approx(4 * 2.567463684, rel=1e-3)
     assert found.at_peak_gb["optimizer state"] == pytest.approx(8 * 2.567463684, rel=1e-3)
