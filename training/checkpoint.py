@@ -53,11 +53,10 @@ class _Damaged(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was read. state, info: as they were given to `save`. healthy: whether the training was, by then."""
+    """One that was read. state: as it was given to `save`. healthy: whether the training was, by then."""
 
     step: int
     state: dict[str, Any]
-    info: dict[str, Any]
     healthy: bool
     path: pathlib.Path
 
@@ -105,13 +104,12 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def save(self, step: int, state: Mapping[str, object], *, healthy: bool, info: Mapping[str, Any]) -> pathlib.Path:
+    def save(self, step: int, state: Mapping[str, object], *, healthy: bool) -> pathlib.Path:
         """Write a checkpoint, then remove those that are not to be kept. Returns its folder. Opens if need be.
 
         step: 0 or more; a checkpoint of the same step gives way once the new one is written, and one of a later step
             is removed: the training has gone back, and that one leads nowhere.
-        state: tensors, numbers, strings, lists, tuples and dicts. info: what JSON can hold, to be read without the
-            state.
+        state: tensors, numbers, strings, lists, tuples and dicts.
         Raises CheckpointNotWritten if the disk is full or fails, having removed its half; TrainingError if the state
         could not be read back.
         """
@@ -121,7 +119,7 @@ class Checkpoints:
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
-            _write(unfinished, step, dict(state), healthy, dict(info))
+            _write(unfinished, step, dict(state), healthy)
             self._put(unfinished, final)
         except OSError as error:
             raise CheckpointNotWritten(self._not_written(step, error)) from error
@@ -205,6 +203,10 @@ class Checkpoints:
         numbers = [int(number) for name in names if (number := name.removeprefix(_PREFIX)).isdecimal()]
         return sorted(number for number in numbers if _name(number) in names)
 
+    def newest_step(self) -> int | None:
+        """The last step whose checkpoint is whole, by its size; its hash is not looked at. None if there is none."""
+        return next((step for step in reversed(self.steps()) if _sound(self._path(step))), None)
+
     def newest(self, *, healthy_only: bool = False) -> Checkpoint | None:
         """The last checkpoint that is whole, verified against its hash. None if none was ever written.
 
@@ -251,7 +253,7 @@ class Checkpoints:
         _check_size(path, manifest)
         if verify:
             _check_hash(path, manifest)
-        return Checkpoint(step, _load(path / STATE), manifest["info"], manifest["healthy"], path)
+        return Checkpoint(step, _load(path / STATE), manifest["healthy"], path)
 
     def _path(self, step: int) -> pathlib.Path:
         return self.folder / _name(step)
@@ -301,7 +303,7 @@ def _write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool, info: dict[str, Any]) -> None:
+def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool) -> None:
     """Both files, on the disk when this returns. Raises OSError, TrainingError for a state that cannot be read back."""
     size, sha256 = _write_state(folder / STATE, state)
     manifest = {
@@ -310,7 +312,6 @@ def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool
         "size_bytes": size,
         "sha256": sha256,
         "healthy": healthy,
-        "info": info,
         "versions": {
             "diffusion_kd": diffusion_kd.__version__,
             "torch": torch.__version__,
@@ -388,7 +389,7 @@ def _manifest(path: pathlib.Path) -> dict[str, Any]:
     )
 
 
-_FIELDS = {"step": int, "size_bytes": int, "sha256": str, "healthy": bool, "info": dict}
+_FIELDS = {"step": int, "size_bytes": int, "sha256": str, "healthy": bool}
 
 
 def _check_size(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:

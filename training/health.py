@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from diffusion_kd import errors
 from eval import health, runs
 from eval.health import Finding, Level
 from eval.metrics import diversity as pairwise
-from eval.metrics import perceptual
 
 _log = logging.getLogger(__name__)
 
@@ -90,25 +89,17 @@ class Monitor:
         sickness is recognised some reports after it begins."""
         return self._ill
 
-    def report(self, images_seen: int, means: Mapping[str, float], samples: Tensor | None = None) -> Decision:
-        """Judge a report: means since the last one, by tag.
-
-        samples: (prompts, seeds, 3, H, W) in [-1, 1], of the same prompts and seeds each time, two seeds or more; None
-            where none were drawn. Where `means` holds their `diversity` already, that one counts.
-        A finding is logged when it is new.
-        """
+    def report(self, images_seen: int, means: Mapping[str, float]) -> Decision:
+        """Judge a report: means since the last one, by tag. A finding is logged when it is new."""
         if self._mode == "off":
             return Decision.GO_ON
-        values = dict(means)
-        if samples is not None:
-            values.setdefault(health.DIVERSITY, diversity(samples))
         self._images_seen = images_seen
         self._cut(images_seen - 1)  # a report that comes again counts once
-        for tag, value in values.items():
+        for tag, value in means.items():
             self._curves.setdefault(tag, []).append((images_seen, float(value)))
-        before, self.findings = self.findings, self._judge(values)
+        before, self.findings = self.findings, self._judge(means)
         _say(self.findings, before)
-        return self._decide(values)
+        return self._decide(means)
 
     def rolled_back(self, images_seen: int) -> None:
         """The run stands at so many images again. Its curves are cut back to there, and another attempt begins.
@@ -215,17 +206,17 @@ class Monitor:
             _log.warning("%s could not be written (%s)", self._folder / runs.HEALTH, error.strerror)
 
 
-def diversity(samples: Tensor, distance: perceptual.Distance | None = None) -> float:
+def diversity(samples: Tensor) -> float:
     """How different the images of one prompt are: the mean over pairs of seeds, then over prompts; 0 for equal ones.
 
-    samples: (prompts, seeds, 3, H, W) in [-1, 1]. distance: of image pairs; None for the mean absolute difference of
+    samples: (prompts, seeds, 3, H, W) in [-1, 1]. How far apart two images are is the mean absolute difference of their
     pixels as a share of the full range, images above 64 px being shrunk to 64 px, so in [0, 1]. NaN if a pixel is.
     Raises DataError for fewer than two seeds.
     """
     if not bool(torch.isfinite(samples).all()):
         return math.nan
     images = samples.flatten(0, 1).float()
-    return float(pairwise.mean_pairwise_distances(images, samples.shape[1], distance or _pixel_distance).mean())
+    return float(pairwise.mean_pairwise_distances(images, samples.shape[1], _pixel_distance).mean())
 
 
 def _pixel_distance(images: Tensor, others: Tensor) -> Tensor:
@@ -236,7 +227,7 @@ def _pixel_distance(images: Tensor, others: Tensor) -> Tensor:
 def _shrunk(images: Tensor) -> Tensor:
     """(B, 3, H, W) with sides of 64 px at most."""
     height, width = images.shape[-2:]
-    return F.adaptive_avg_pool2d(images, (min(height, _COMPARED_PX), min(width, _COMPARED_PX)))
+    return functional.adaptive_avg_pool2d(images, (min(height, _COMPARED_PX), min(width, _COMPARED_PX)))
 
 
 def _curve(stage: str, tag: str, points: Sequence[tuple[int, float]]) -> runs.Curve:

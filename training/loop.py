@@ -200,9 +200,9 @@ def require_checkpoint(folder: pathlib.Path) -> None:
 
 
 def images_seen(folder: pathlib.Path, config: LoopConfig) -> int:
-    """Training examples that the newest checkpoint in `folder` has seen."""
-    steps = checkpoint.Checkpoints(folder / checkpoint.FOLDER).steps()
-    return steps[-1] * config.batch_size if steps else 0
+    """Training examples that the newest checkpoint in `folder` that is whole has seen."""
+    step = checkpoint.Checkpoints(folder / checkpoint.FOLDER).newest_step()
+    return 0 if step is None else step * config.batch_size
 
 
 class _Run:
@@ -272,6 +272,7 @@ class _Run:
         self._monitor.load_state_dict(found.state["monitor"])
         self._progress.restart()
         self._progress.sums.update(found.state["sums"])
+        self._turns.skipped.update(found.state["skipped"])
         self._step = found.step
         self._began_s = time.monotonic() - found.state["elapsed_s"]
         _log.info("%s stands at step %d", self._progress.name, self._step)
@@ -284,11 +285,12 @@ class _Run:
         state = self._state.collect() | {
             "monitor": self._monitor.state_dict(),
             "sums": dict(self._progress.sums),
+            "skipped": dict(self._turns.skipped),
             "elapsed_s": time.monotonic() - self._began_s,
         }
         if self._accelerator.is_main_process:
             try:
-                self._checkpoints.save(self._step, state, healthy=healthy, info={})
+                self._checkpoints.save(self._step, state, healthy=healthy)
             except checkpoint.CheckpointNotWritten as error:
                 if last:
                     raise
@@ -379,7 +381,6 @@ class _Run:
         began_s = self._began_s
         self._monitor.rolled_back(found.step * self._config.batch_size)  # first: it may be once too often
         self._take_up(found)
-        self._turns.forget()
         self._accelerator.wait_for_everyone()  # until all have read it
         if self._accelerator.is_main_process:
             self._checkpoints.discard_after(found.step)
@@ -412,13 +413,9 @@ class _Turns:
             self.optimizers[learner.name] = compute.make_optimizer(
                 computing, trained, learner.learning_rate, learner.betas, config.weight_decay
             )
-        self._skipped = dict.fromkeys(self._replicas, 0)  # steps in a row
+        self.skipped = dict.fromkeys(self._replicas, 0)  # steps in a row
         # A run that may be rolled back waits for the report that would do it.
         self._most_skipped = max(_MOST_SKIPPED, 2 * config.log_every_steps if config.health == "rollback" else 0)
-
-    def forget(self) -> None:
-        """That steps were skipped: the run has gone back to before."""
-        self._skipped = dict.fromkeys(self._skipped, 0)
 
     def take(self, step: int, parts: Iterable[Mapping[str, Any]], share: float) -> list[dict[str, float]]:
         """Every learner's turn at `share` of its learning rate. Returns what each reports, means over the whole batch.
@@ -456,7 +453,7 @@ class _Turns:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        skipped = self._skipped[learner.name] = 0 if finite else self._skipped[learner.name] + 1
+        skipped = self.skipped[learner.name] = 0 if finite else self.skipped[learner.name] + 1
         if skipped >= self._most_skipped:
             raise errors.TrainingError(
                 f"{learner.name}: the last {skipped} steps up to step {step + 1} had a loss or a gradient that is "

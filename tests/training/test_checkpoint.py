@@ -53,13 +53,13 @@ def _save(checkpoints: Checkpoints, *steps: int, healthy: bool = True) -> None:
     """And let others write."""
     with checkpoints:
         for step in steps:
-            checkpoints.save(step, _state(step), healthy=healthy, info={"images_seen": 16 * step})
+            checkpoints.save(step, _state(step), healthy=healthy)
 
 
 def _newest(folder: pathlib.Path, *, healthy_only: bool = False) -> int | None:
     """The step of the newest, whose state is asserted to be that step's."""
     found = Checkpoints(folder).newest(healthy_only=healthy_only)
-    assert found is None or (_same(found.state, _state(found.step)) and found.info == {"images_seen": 16 * found.step})
+    assert found is None or (_same(found.state, _state(found.step)))
     return found.step if found else None
 
 
@@ -69,23 +69,23 @@ def _newest(folder: pathlib.Path, *, healthy_only: bool = False) -> int | None:
 def test_what_was_saved_is_read_bit_for_bit(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.newest() is None and checkpoints.steps() == []
-        path = checkpoints.save(1200, _state(1200), healthy=False, info={"images_seen": 19_200, "seed": [0, 1]})
+        path = checkpoints.save(1200, _state(1200), healthy=False)
     found = checkpoints.newest()
     assert found is not None
     assert (found.step, found.path, found.healthy) == (1200, path, False)
     assert path == tmp_path / "run" / "checkpoints" / "step-000001200"
-    assert found.info == {"images_seen": 19_200, "seed": [0, 1]} and _same(found.state, _state(1200))
+    assert _same(found.state, _state(1200))
     assert _same(checkpoints.read(1200).state, _state(1200))
 
 
 def test_the_manifest_is_true_of_the_file(tmp_path: pathlib.Path) -> None:
-    path = Checkpoints(tmp_path).save(7, _state(7), healthy=True, info={})
+    path = Checkpoints(tmp_path).save(7, _state(7), healthy=True)
     manifest = json.loads((path / "manifest.json").read_text())
     hashed = subprocess.run(["sha256sum", path / "state.pt"], check=True, capture_output=True, text=True).stdout
     assert manifest.pop("sha256") == hashed.split()[0]
     assert manifest.pop("versions").keys() == {"diffusion_kd", "torch", "python"}
     size = (path / "state.pt").stat().st_size
-    assert manifest == {"schema_version": 1, "step": 7, "size_bytes": size, "healthy": True, "info": {}}
+    assert manifest == {"schema_version": 1, "step": 7, "size_bytes": size, "healthy": True}
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.pt"]
 
 
@@ -137,7 +137,7 @@ def test_going_back_leaves_nothing_that_leads_nowhere(tmp_path: pathlib.Path) ->
 
 def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: pathlib.Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, {"a": 1}, healthy=False, info={})
+    checkpoints.save(1, {"a": 1}, healthy=False)
     _save(checkpoints, 1)
     assert (checkpoints.steps(), _newest(tmp_path, healthy_only=True)) == ([1], 1)
 
@@ -145,7 +145,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_first(tmp_path: pathl
 def test_what_could_not_be_read_back_is_not_put_in_place(tmp_path: pathlib.Path) -> None:
     _save(Checkpoints(tmp_path), 1)
     with pytest.raises(errors.TrainingError, match="could not be read back") as raised:
-        Checkpoints(tmp_path).save(2, {"path": pathlib.Path("here")}, healthy=True, info={})
+        Checkpoints(tmp_path).save(2, {"path": pathlib.Path("here")}, healthy=True)
     assert not isinstance(raised.value, checkpoint.CheckpointNotWritten)
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["step-000000001"]
 
@@ -279,7 +279,7 @@ def test_a_file_that_may_not_grow_leaves_what_stood(tmp_path: pathlib.Path) -> N
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         with pytest.raises(checkpoint.CheckpointNotWritten, match=r"File too large.*step 1 still stands; free space"):
-            Checkpoints(tmp_path).save(2, _state(2, 1_000_000), healthy=True, info={})
+            Checkpoints(tmp_path).save(2, _state(2, 1_000_000), healthy=True)
 
     _save(Checkpoints(tmp_path), 1)
     assert _fork(work) == 0
@@ -478,7 +478,7 @@ def test_a_workers_hold_on_the_folder_ends_with_its_parent(tmp_path: pathlib.Pat
 
     def work() -> None:
         checkpoints = Checkpoints(tmp_path).open()
-        checkpoints.save(1, _state(1), healthy=True, info={"images_seen": 16})
+        checkpoints.save(1, _state(1), healthy=True)
         worker = os.fork()
         if not worker:
             time.sleep(30)

@@ -256,7 +256,10 @@ def test_a_hundred_skipped_steps_in_a_row_end_the_training(tmp_path: pathlib.Pat
         return draw(place) | {"poison": place.step >= 5}
 
     with pytest.raises(errors.TrainingError, match="toy: the last 100 steps up to step 105"):
-        fit(tmp_path, dataclasses.replace(CONFIG, images=1000), poisoned)
+        fit(tmp_path / "unbroken", dataclasses.replace(CONFIG, images=1000), poisoned)
+    fit(tmp_path / "resumed", dataclasses.replace(CONFIG, images=120), poisoned)  # to step 60
+    with pytest.raises(errors.TrainingError, match="toy: the last 100 steps up to step 105"):
+        fit(tmp_path / "resumed", dataclasses.replace(CONFIG, images=1000), poisoned)
 
 
 def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
