@@ -1,13 +1,19 @@
 """Where a command may write, and files and folders that appear whole or not at all."""
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
 from diffusion_kd import errors
+
+_log = logging.getLogger(__name__)
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -30,13 +36,18 @@ def check_replaceable(folder: pathlib.Path, mark: str) -> None:
 
 @contextlib.contextmanager
 def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there."""
+    """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there.
+
+    Flushed to the disk before it is renamed, as of `replacing`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         unfinished = pathlib.Path(temporary) / folder.name
         yield unfinished
-        for weights in unfinished.rglob("*.safetensors"):
-            weights.chmod(0o644)
+        for path in unfinished.rglob("*"):
+            if path.suffix == ".safetensors":
+                path.chmod(0o644)
+            _flush(path)
         _put(unfinished, folder)
 
 
@@ -50,11 +61,52 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        _flush(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _flush(path: pathlib.Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def lock(path: pathlib.Path) -> int:
+    """Lock a file, which is made, until the descriptor that is returned is closed, or the process ends.
+
+    For the one who writes to the folder that the file is in. Raises ConfigError if another process holds it.
+    A record lock, not `flock`: workers that were forked do not hold on to it when their parent is killed.
+    """
+    opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(opened, 200, 0).decode(errors="replace").strip() or "another process"
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(opened)
+            raise errors.ConfigError(
+                f"{holder} writes to {path.parent}; let it end, or give another folder with --out"
+            ) from None
+        _log.warning("%s cannot be locked (%s); see to it that no other run writes there", path, error.strerror)
+    with contextlib.suppress(OSError):  # the name is a courtesy, and the disk may be full
+        os.ftruncate(opened, 0)
+        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return opened
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path) -> Iterator[None]:
+    """Make a folder and keep other processes from writing to it. Raises ConfigError as `lock` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = lock(folder / ".lock")
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def _put(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -7,10 +7,8 @@ One is written under a hidden name, flushed to the disk, then renamed: whoever k
 leaves the checkpoints that stood. Knows files alone: what a state holds, and what a step is, is the loop's affair.
 """
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,14 +17,13 @@ import pathlib
 import pickle
 import platform
 import shutil
-import socket
 from collections.abc import Mapping
 from typing import IO, Any, BinaryIO, Self, cast
 
 import torch
 
 import diffusion_kd
-from diffusion_kd import errors
+from diffusion_kd import errors, files
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ class Checkpoints:
         if self._lock is None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = _locked(self.folder / _LOCK)
+                self._lock = files.lock(self.folder / _LOCK)
                 self._clear()
             except OSError as error:
                 self.close()
@@ -422,28 +419,3 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
 def _said(error: Exception) -> str:
     """The reason alone; the path stands beside it."""
     return (error.strerror if isinstance(error, OSError) else None) or errors.first_line(error)
-
-
-# --- one writer -------------------------------------------------------------------------------------
-
-
-def _locked(path: pathlib.Path) -> int:
-    """Lock the file until its descriptor is closed. Raises ConfigError if another process has.
-
-    A record lock, not `flock`: workers that were forked do not hold on to it when their parent is killed.
-    """
-    opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(opened, 200, 0).decode(errors="replace").strip() or "another process"
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            os.close(opened)
-            raise errors.ConfigError(
-                f"{holder} writes checkpoints to {path.parent}; let it end, or give this run another folder with --out"
-            ) from None
-        _log.warning("%s cannot be locked (%s); see to it that no other run writes there", path, _said(error))
-    with contextlib.suppress(OSError):  # the name is a courtesy, and the disk may be full
-        os.ftruncate(opened, 0)
-        os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return opened

@@ -51,10 +51,8 @@ class Encoder:
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]."""
-        vae = self._parts.vae
         with self._accelerator.autocast():
-            encoded = vae.encode(images.to(vae.dtype)).latent_dist.mean.float()
-        return encoded * vae.config.scaling_factor  # type: ignore[no-any-return]
+            return self._parts.encode_images(images)
 
     def decoded(self, latents: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Images (B, 3, H, W) by `decode`; blank ones, which take no memory, without it."""

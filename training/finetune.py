@@ -33,8 +33,7 @@ STAGE = "unet"
 
 @dataclasses.dataclass
 class FineTuneConfig(compute.ComputeConfig):
-    """All settings of a fine-tuning. Those of how it computes are `compute.ComputeConfig`'s; `frozen_precision` counts
-    beneath adapters alone.
+    """All settings of a fine-tuning. Those of how it computes are `compute.ComputeConfig`'s.
 
     size_px: height and width to train at; 0: the teacher's own. A prepared cache has sizes of its own.
     caption_dropout: share of captions replaced by nothing, so that guidance goes on working.
@@ -111,8 +110,7 @@ class FineTuning:
         self.config, self.teacher_name, self.folder = config, teacher, folder
         self.accelerator, self.parts = accelerator, parts
         self.acceptance, self.teacher_licence = acceptance or licences.Acceptance(), teacher_licence
-        for frozen in (parts.vae, parts.text):
-            nn.Module.to(frozen, accelerator.device)
+        parts.encoders_to(accelerator.device, config.frozen_dtype)
         self.denoiser = parts.denoiser()
         torch.manual_seed(config.seed)
         config.prepare(parts.unet, accelerator.device)
@@ -172,10 +170,12 @@ class FineTuning:
         return folder
 
     def _whole(self, unet: nn.Module) -> artifact.Parts:
-        """The parts to hand on, in full precision: adapters may have learnt on weights that were kept in half."""
-        if not self.config.lora_rank:
+        """The parts to hand on, in full precision: what did not learn may have been kept in half."""
+        if self.config.frozen_precision == "fp32" and not self.config.lora_rank:
             return dataclasses.replace(self.parts, unet=unet)
         fresh = compute.sized(artifact.load(self.teacher_name, base=self._base), self.config.size_px)
+        if not self.config.lora_rank:
+            return dataclasses.replace(fresh, unet=unet)
         with tempfile.TemporaryDirectory() as folder:
             lora_file.write(pathlib.Path(folder), lora_file.weights(unet, torch.float32))
             lora_file.fuse(fresh.unet, pathlib.Path(folder) / lora_file.NAME)

@@ -7,6 +7,7 @@ the same.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -22,7 +23,7 @@ import tqdm
 
 from diffusion_kd import artifact, errors, files, pipeline
 from eval import fingerprint
-from training import cache
+from training import cache, compute
 from training import config as configs
 from training.preparation import buckets, chunks, drawing, encoding, sources
 from training.preparation.identity import Identity
@@ -171,7 +172,7 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--most-rejected", type=float, default=0.5, help="share of the items")
     group.add_argument("--chunk-items", type=int, default=defaults["chunk_items"])
     group.add_argument("--batch-size", type=int, default=defaults["batch_size"])
-    group.add_argument("--precision", choices=(*encoding.PRECISIONS,), help="bf16 on CUDA, else fp32, if not given")
+    group.add_argument("--precision", choices=(*compute.DTYPES,), help="bf16 on CUDA, else fp32, if not given")
     group.add_argument("--workers", type=int, default=2, help="threads that open pictures, in each process")
 
 
@@ -312,10 +313,17 @@ def main(arguments: list[str] | None = None) -> None:
     _check(given)
     fellows = Fellows.join()
     source = open_source(given)
+    with files.held(given.out) if fellows.share[0] == 0 else contextlib.nullcontext():
+        manifest = _make(given, fellows, source)
+    if manifest:
+        _log.info("%s", summary(manifest))
+
+
+def _make(given: argparse.Namespace, fellows: Fellows, source: sources.Source | None) -> dict[str, Any]:
     precision = given.precision or ("bf16" if fellows.state.device.type == "cuda" else "fp32")
-    parts = artifact.load(given.teacher, dtype=encoding.PRECISIONS[precision])
+    parts = artifact.load(given.teacher, dtype=compute.DTYPES[precision])
     settings = _settings(given, parts.size_px, precision)
-    manifest = prepare(
+    return prepare(
         settings,
         given.teacher,
         parts,
@@ -326,8 +334,6 @@ def main(arguments: list[str] | None = None) -> None:
         most_bits=given.duplicate_bits,
         workers=given.workers,
     )
-    if manifest:
-        _log.info("%s", summary(manifest))
 
 
 def summary(manifest: Mapping[str, Any]) -> str:

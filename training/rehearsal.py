@@ -260,7 +260,7 @@ class _Stage:
             cond = Conditioning(states, pooled, time_ids(count, (size_px, size_px)))
         with self._autocast(), self._ledger.during("encoders"):
             if not self._cached:
-                latents = parts.vae.encode(images.to(parts.vae.dtype)).latent_dist.mean.float()
+                latents = parts.encode_images(images)
                 cond = encoders(tokens, tokens, (size_px, size_px))
             elif self._config.objective.looks:
                 images = self._objective.decode(latents)

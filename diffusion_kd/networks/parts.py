@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffusion_kd import types
 from diffusion_kd.conditioning import PromptEncoder
@@ -43,11 +43,20 @@ class Parts:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Parts":
         """Move the parts, and keep them in `dtype` if one is given: all but an autoencoder that it does not suit."""
+        nn.Module.to(self.unet, device, dtype)
+        return self.encoders_to(device, dtype)
+
+    def encoders_to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Parts":
+        """`to`, of the text encoders and the autoencoder alone."""
         # nn.Module's own `to`: diffusers' and transformers' have opinions of their own on precision.
-        for module in (self.unet, self.text):
-            nn.Module.to(module, device, dtype)
+        nn.Module.to(self.text, device, dtype)
         nn.Module.to(self.vae, device, None if dtype is None else autoencoder_dtype(self.vae.config, dtype))
         return self
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1]: the means, without their noise."""
+        mean = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean.float()
+        return mean * self.vae.config.scaling_factor  # type: ignore[no-any-return]
 
 
 def autoencoder_dtype(config: Any, dtype: torch.dtype) -> torch.dtype:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_kd import errors
+from diffusion_kd import errors, files
 from training import checkpoint
 from training.checkpoint import Checkpoints
 
@@ -461,7 +461,7 @@ def test_killed_at_random_times_nothing_is_lost(tmp_path: pathlib.Path) -> None:
 
 def test_two_runs_in_one_folder_are_kept_apart(tmp_path: pathlib.Path) -> None:
     def work() -> None:
-        with pytest.raises(errors.ConfigError, match=rf"process {os.getppid()} on .* writes checkpoints to .*--out"):
+        with pytest.raises(errors.ConfigError, match=rf"process {os.getppid()} on .* writes to .*--out"):
             Checkpoints(tmp_path).open()
         assert _newest(tmp_path) == 1  # reading needs no lock
 
@@ -503,7 +503,7 @@ def test_where_files_cannot_be_locked_it_is_said(
     def lockf(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(checkpoint.fcntl, "lockf", lockf)
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
     with caplog.at_level(logging.WARNING):
         _save(Checkpoints(tmp_path), 1)
     assert "cannot be locked (No locks available)" in caplog.text

@@ -36,12 +36,14 @@ def changed(parts: artifact.Parts, original: artifact.Parts) -> list[str]:
     return [name for name in theirs if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "kept"), [(0, "fp32"), (0, "bf16"), (4, "fp32")])
 def test_a_teacher_learns_and_can_be_distilled(
-    rank: int, models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
+    rank: int, kept: str, models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """All weights move, or with LoRA those alone that carry adapters; text encoders and autoencoder stay."""
-    tuned = tune(models, pictures, tmp_path / "run", f"lora_rank={rank}", "training.learning_rate=1e-2")
+    """All weights move, or with LoRA those alone that carry adapters; text encoders and autoencoder stay, to the last
+    bit of what they were before they were kept in half."""
+    settings = (f"lora_rank={rank}", f"precision={kept}", f"frozen_precision={kept}", "training.learning_rate=1e-2")
+    tuned = tune(models, pictures, tmp_path / "run", *settings)
     original = artifact.load(str(models / "teacher"))
     moved = changed(tuned, original)
     assert moved and (rank == 0 or all("attentions" in name for name in moved))
@@ -53,7 +55,7 @@ def test_a_teacher_learns_and_can_be_distilled(
     assert (told["images_seen"], told["teacher"]) == (32, str(models / "teacher"))
     (run,) = runs.find(tmp_path / "run")
     assert run.kind == runs.Kind.TEACHER and "denoise" in {curve.tag for curve in runs.read(run).curves}
-    command = tiny.arguments(models, tmp_path / "student", "--data", str(pictures))
+    command = tiny.arguments(models, tmp_path / "student", "--data", str(pictures), f"precision={kept}")
     distill.main([*command, "--teacher", str(tmp_path / "run" / "teacher")])
     assert (tmp_path / "student" / "student" / "distillation.json").is_file()
 

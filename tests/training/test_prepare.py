@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
-from diffusion_kd import artifact, errors
+from diffusion_kd import artifact, errors, files
 from tests import toys
 from training import cache, prepare
 from training.preparation import buckets, chunks, encoding, filters, sources
@@ -52,7 +52,8 @@ def run(models: pathlib.Path, out: pathlib.Path, *options: object) -> dict[str, 
 
 
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_a_folder_becomes_a_cache_that_holds_what_the_networks_say(
@@ -358,3 +359,19 @@ def test_an_api_key_is_read_from_a_file(tmp_path: pathlib.Path) -> None:
     for name in ("empty", "gone"):
         with pytest.raises(errors.ConfigError, match=name):
             prepare._key(tmp_path / name)
+
+
+def test_a_second_command_in_the_same_folder_is_told_of_the_first(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = write_folder(tmp_path / "f", 2)
+    with files.held(tmp_path / "c"):
+        child = os.fork()
+        if not child:
+            said = rf"process {os.getppid()} on .* writes to {tmp_path}/c.*--out"
+            try:
+                with pytest.raises(errors.ConfigError, match=said):
+                    run(models, tmp_path / "c", "--data", folder)
+            except BaseException:  # noqa: BLE001 - whatever it is, the parent says so
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert status == 0

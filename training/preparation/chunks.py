@@ -21,7 +21,7 @@ import tqdm
 from numpy.typing import NDArray
 
 from diffusion_kd import errors
-from training import cache
+from training import cache, compute
 from training.preparation import buckets, encoding, filters, pictures, sources
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Settings:
             ("clip_floor", (floor is None) == (not self.clip), "given with --clip, and --clip with it"),
             ("chunk_items", self.chunk_items > 0, "above 0"),
             ("batch_size", self.batch_size > 0, "above 0"),
-            ("precision", self.precision in encoding.PRECISIONS, "fp32, bf16 or fp16"),
+            ("precision", self.precision in compute.DTYPES, "fp32, bf16 or fp16"),
         ):
             errors.require(fits, name, getattr(self, name), wanted)
 

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from diffusion_kd import artifact, errors, pipeline
 from diffusion_kd.networks import features
-from diffusion_kd.networks.parts import autoencoder_dtype
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from training import compute
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,9 +45,7 @@ class Encoder:
         precision: str,
         clip: features.TextImageNetwork | None = None,
     ) -> None:
-        dtype = PRECISIONS[precision]
-        self._vae = nn.Module.to(parts.vae, device, autoencoder_dtype(parts.vae.config, dtype))
-        self._text = nn.Module.to(parts.text, device, dtype)
+        self._parts = parts.encoders_to(device, compute.DTYPES[precision])
         self._clip = clip.to(device) if clip is not None else None
         self._device = device
         self.network_s = 0.0
@@ -67,10 +63,8 @@ class Encoder:
     def encode(self, pixels_uint8: NDArray[np.uint8], captions: Sequence[str]) -> Encoded:
         """Pictures (B, H, W, 3) and their captions."""
         with self._timed():
-            images = self._images(pixels_uint8).to(self._vae.dtype)
-            mean = self._vae.encode(images).latent_dist.mean.float()
-            latents = (mean - (self._vae.config.get("shift_factor") or 0.0)) * self._vae.config.scaling_factor
-            cond = self._text.encode(captions, pixels_uint8.shape[1:3])
+            latents = self._parts.encode_images(self._images(pixels_uint8))
+            cond = self._parts.text.encode(captions, pixels_uint8.shape[1:3])
             halves = [tensor.half().cpu() for tensor in (latents, cond.prompt_embeds, cond.pooled)]
             return Encoded(*halves)
 
