@@ -1,9 +1,11 @@
 """Configs: a YAML file over a dataclass of defaults, then `key=value` overrides. A config that exists is valid."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import omegaconf
@@ -34,10 +36,33 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
         known = ", ".join(field.name for field in dataclasses.fields(owner))
         raise errors.ConfigError(f"unknown config key {error.full_key!r}; known keys are {known}") from None
     except omegaconf.errors.OmegaConfBaseException as error:
-        where = f"config key {error.full_key!r}" if error.full_key else "a group of keys was given a value"
-        raise errors.ConfigError(
-            f"{where}: {errors.first_line(error)} (a list is [a, b], a key in a group group.key)"
-        ) from None
+        raise errors.ConfigError(_misfit(schema, str(error.full_key), given)) from None
+
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _misfit(schema: type, key: str, given: Sequence[Any]) -> str:
+    """What was given for a key and what it takes, in words; of a group, whose key omegaconf does not say, as well."""
+    asked = [omegaconf.OmegaConf.to_container(one) for one in reversed(given)]  # the last one said counts
+    for name, kind, value in itertools.chain.from_iterable(_settings(schema, one) for one in asked):
+        if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
+            inner = dataclasses.fields(kind)[0].name
+            return f"{name} is {value!r}; it is a group of keys, to be given as {name}.{inner}=VALUE"
+        if name == key.partition("[")[0]:
+            kinds = [_WANTED[one] for one in (typing.get_args(kind) or (kind,)) if one in _WANTED]
+            listed = typing.get_origin(kind) is list
+            return f"{name} is {value!r}; it must be {f'a list, as [a, b], each {kinds[0]}' if listed else kinds[0]}"
+    return f"config key {key!r} does not fit"
+
+
+def _settings(schema: Any, given: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """What is given, groups and the keys in them: name, type, value."""
+    for name, kind in typing.get_type_hints(schema).items():
+        if name in given:
+            yield prefix + name, kind, given[name]
+            if dataclasses.is_dataclass(kind) and isinstance(given[name], dict):
+                yield from _settings(kind, given[name], f"{prefix}{name}.")
 
 
 def save(config: object, path: pathlib.Path) -> None:

@@ -59,8 +59,16 @@ def test_overrides_reach_nested_keys() -> None:
         ("=5", "not of the form key=value"),
         ("seed=99999999999999999999", "below 2"),
         ("objective.teacher_guidance=[1", "override 'objective.teacher_guidance"),
-        ("objective=5", "a group of keys was given a value"),
-        ("objective.teacher_guidance=2", r"a list is \[a, b\]"),
+        ("objective=5", r"objective is 5; it is a group of keys, to be given as objective\.student_steps=VALUE"),
+        ("training=[1]", r"training is \[1\]; it is a group of keys"),
+        (
+            "objective.teacher_guidance=2",
+            r"objective\.teacher_guidance is 2; it must be a list, as \[a, b\], each a number",
+        ),
+        ("objective.teacher_guidance=[a]", r"objective\.teacher_guidance is \['a'\]; it must be a list"),
+        ("compile=maybe", "compile is 'maybe'; it must be true or false"),
+        ("seed=1.5", "seed is 1.5; it must be a whole number"),
+        ("seed=null", "seed is None; it must be a whole number"),
     ],
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:

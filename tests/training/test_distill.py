@@ -3,16 +3,16 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 
 from diffusion_kd import artifact, errors, pipeline
 from tests import toys
 from tests.tiny import SHORT, arguments
+from tests.training import processes
 from training import distill
 
 
@@ -105,6 +105,21 @@ def test_prompts_alone_let_the_teacher_make_the_pictures(models: pathlib.Path, t
     assert artifact.resolve(str(out / "student")).is_dir()
 
 
+def test_a_teacher_draws_prompts_at_the_size_asked_for(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """And the student is trained, and says that it draws, at that size."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    out, size_px = tmp_path / "run", 3 * toys.IMAGE_SIZE_PX // 2
+    distill.main(arguments(models, out, "--prompts", str(tmp_path / "prompts.txt"), f"size_px={size_px}"))
+    lines = (out / "teacher_images" / "metadata.jsonl").read_text().splitlines()
+    names = [json.loads(line)["file_name"] for line in lines]
+    assert len(set(names)) == 2
+    for name in names:
+        with PIL.Image.open(out / "teacher_images" / name) as drawn:
+            assert drawn.size == (size_px, size_px)
+    assert artifact.read_distillation(str(out / "student")).size_px == size_px
+    assert pipeline.load_student(str(out / "student"))(["a red circle"], [0], steps=1).shape[-2:] == (size_px, size_px)
+
+
 def test_a_student_goes_on_from_an_earlier_one(
     models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -169,10 +184,6 @@ def test_a_teacher_of_another_size_needs_pictures_and_eyes_of_its_own(
     assert not (tmp_path / "run").exists()
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "training.distill", *command], capture_output=True, text=True)
-
-
 def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(
     models: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -182,7 +193,7 @@ def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(
         (("--data", str(tmp_path / "empty")), "no metadata.jsonl"),
         (("objective.student_steps=5",), "must be 1, 2 or 4, not 5"),
     ):
-        result = run(*arguments(models, out, *more))
+        result = processes.run("-m", "training.distill", *arguments(models, out, *more))
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
         assert not out.exists()

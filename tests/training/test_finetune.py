@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusion_kd import artifact, errors, schedule
+from diffusion_kd.networks import lora
+from diffusion_kd.objectives.base import Batch
 from diffusion_kd.types import Conditioning
 from eval import runs
 from tests import tiny, toys
@@ -58,6 +61,26 @@ def test_a_teacher_learns_and_can_be_distilled(
     command = tiny.arguments(models, tmp_path / "student", "--data", str(pictures), f"precision={kept}")
     distill.main([*command, "--teacher", str(tmp_path / "run" / "teacher")])
     assert (tmp_path / "student" / "student" / "distillation.json").is_file()
+
+
+def test_adapters_learn_and_are_fused_at_the_size_asked_for(
+    models: pathlib.Path, pictures: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size_px, seen, forward = 3 * toys.IMAGE_SIZE_PX // 2, set[int](), finetune.Denoising.forward
+
+    def watched(module: finetune.Denoising, batch: Batch) -> dict[str, Tensor]:
+        seen.update(batch.latents.shape[-2:])
+        return forward(module, batch)
+
+    monkeypatch.setattr(finetune.Denoising, "forward", watched)
+    tuned = tune(models, pictures, tmp_path / "run", "lora_rank=4", "training.learning_rate=1e-2", f"size_px={size_px}")
+    original = artifact.load(str(models / "teacher"))
+    assert seen == {tuned.unet.config.sample_size} == {size_px // original.downscale}
+    assert tuned.size_px == size_px and original.size_px == toys.IMAGE_SIZE_PX
+    moved = changed(tuned, original)
+    assert moved and all("attentions" in name for name in moved)
+    adapted = {name for name in tuned.unet.state_dict() if name.removesuffix(".weight").endswith(lora.TARGETS)}
+    assert set(moved) == adapted
 
 
 def test_the_loss_falls_where_there_is_little_to_learn(

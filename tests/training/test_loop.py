@@ -295,6 +295,17 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: pathlib.Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [checkpoint.STATE, checkpoint.MANIFEST])
+def test_images_are_counted_by_the_newest_checkpoint_that_is_whole(name: str, tmp_path: pathlib.Path) -> None:
+    assert loop.images_seen(tmp_path, CONFIG) == 0
+    fit(tmp_path, dataclasses.replace(CONFIG, checkpoint_every_s=0))
+    assert loop.images_seen(tmp_path, CONFIG) == CONFIG.images
+    damaged = newest(tmp_path).path / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    assert loop.images_seen(tmp_path, CONFIG) == CONFIG.images - CONFIG.batch_size
+    assert newest(tmp_path).step * CONFIG.batch_size == CONFIG.images - CONFIG.batch_size
+
+
 def test_there_must_be_something_to_restore(tmp_path: pathlib.Path) -> None:
     with pytest.raises(errors.ConfigError, match="no checkpoint to go by"):
         loop.restore(accelerate.Accelerator(cpu=True), [], CONFIG, tmp_path, averaged=Toy())

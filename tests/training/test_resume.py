@@ -7,14 +7,13 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.training import processes
 from training import checkpoint
 
 KILLS = int(os.environ.get("DIFFUSION_KD_TEST_KILLS", "4"))
@@ -23,16 +22,9 @@ PATIENCE_S = 120 + 15 * KILLS
 
 
 def run(kills: int, given: list[str]) -> dict[str, Any]:
-    finished = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).with_name("kills.py")), "0", str(kills), *given],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    told: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    program = str(pathlib.Path(__file__).with_name("kills.py"))
+    said = processes.succeed(program, "0", str(kills), *given, patience_s=PATIENCE_S)
+    told: dict[str, Any] = json.loads(said.splitlines()[-1])
     return told
 
 

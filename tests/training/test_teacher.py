@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from diffusion_kd import artifact, errors, pipeline
+from tests.training import processes
 from training import checkpoint, stages, teacher
 
 SHORT = [
@@ -108,8 +107,7 @@ def test_bad_input_is_one_sentence_exit_code_two_and_nothing_written(tmp_path: p
         (["scenes=64", "--out", str(tmp_path / "file" / "run")], "is a file"),
         (["--export-now"], "no checkpoint to go by"),
     ):
-        command = [sys.executable, "-m", "training.teacher", "--out", str(out), *more]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = processes.run("-m", "training.teacher", "--out", str(out), *more)
         assert result.returncode == 2 and said in result.stderr
         assert result.stderr.count("\n") == 1
         assert not out.exists()
