@@ -1,6 +1,7 @@
 """Export a run's student again, without training: `python -m training.export --run runs/distill --format lora`.
 
-`--report` puts an evaluation into the card of a student that stands; docs/export.md has examples.
+`--report` puts an evaluation into the card of a student that stands; `--file` writes a single `.safetensors` file as a
+folder. docs/export.md and docs/models.md have examples.
 """
 
 import argparse
@@ -106,12 +107,14 @@ def _take(unet: nn.Module, weights: Mapping[str, Tensor], run: pathlib.Path) -> 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=pathlib.Path, help="the folder of a run of training.distill")
-    parser.add_argument("--out", type=pathlib.Path, help="the student's folder; RUN/student if not given")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--run", type=pathlib.Path, help="the folder of a run of training.distill")
+    source.add_argument("--file", help="a model in one .safetensors file, to be written as a diffusers folder")
+    parser.add_argument("--out", type=pathlib.Path, help="the folder to write; RUN/student if not given")
     parser.add_argument(
         "--format", choices=FORMATS, help="a diffusers pipeline, or a LoRA's adapters alone; as trained"
     )
-    parser.add_argument("--base", help="configs and tokenizers for a teacher that is a .safetensors file")
+    parser.add_argument("--base", help="configs and tokenizers for a .safetensors file: a folder or a hub id")
     parser.add_argument("--fuse", action="store_true", help="the same as --format pipeline, for a LoRA run")
     parser.add_argument("--dtype", choices=sorted(compute.DTYPES), default="fp16", help="of the weights")
     parser.add_argument(
@@ -120,6 +123,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     release.add_arguments(parser)
     given = parser.parse_args(arguments)
+    if given.file is not None:
+        if given.out is None or given.format or given.fuse or given.report is not None:
+            parser.error("--file takes --out FOLDER, --base and --dtype alone")
+        return given
     if given.run is None and (given.report is None or given.out is None):
         parser.error("give --run RUN to export, or --out STUDENT --report report.json to complete a card")
     if given.fuse and given.format == "lora":
@@ -127,11 +134,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return given
 
 
+def _write_folder(given: argparse.Namespace) -> None:
+    """A single file as the folder that an evaluation and the service take."""
+    files.check_replaceable(given.out, "model_index.json")
+    parts = artifact.load(given.file, base=given.base)
+    artifact.save_pipeline(given.out, parts=parts, dtype=compute.DTYPES[given.dtype])
+    _log.info("wrote %s", given.out)
+
+
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder: pathlib.Path = given.out or given.run / "student"
     files.check_folder(folder)
+    if given.file is not None:
+        _write_folder(given)
+        return
     if given.report is not None and (folder / artifact.DISTILLATION_FILE).is_file():
         release.add_report(folder, given.report)
         return

@@ -120,8 +120,13 @@ def _sweep(folder: pathlib.Path) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", required=True, help="whose autoencoder and text encoders encode: folder, hub id")
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help="whose autoencoder and text encoders encode: a folder, a .safetensors file or a hub id",
+    )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the cache's folder")
+    parser.add_argument("--base", help="configs and tokenizers for a .safetensors file: a folder or a hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=pathlib.Path, help="a folder with pictures and metadata.jsonl, .csv or .parquet")
     source.add_argument("--dataset", help="a Hugging Face dataset: a saved folder, a local builder or a hub id")
@@ -321,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _make(given: argparse.Namespace, fellows: Fellows, source: sources.Source | None) -> dict[str, Any]:
     precision = given.precision or ("bf16" if fellows.state.device.type == "cuda" else "fp32")
-    parts = artifact.load(given.teacher, dtype=compute.DTYPES[precision])
+    parts = artifact.load(given.teacher, dtype=compute.DTYPES[precision], base=given.base)
     settings = _settings(given, parts.size_px, precision)
     return prepare(
         settings,

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 
 from diffusion_kd import artifact, errors, licences, pipeline
-from diffusion_kd.networks import lora
+from diffusion_kd.networks import lora, sdxl
 from eval import fingerprint, images
-from tests import tiny, toys
+from tests import original_naming, tiny, toys
 from training import checkpoint, distill, export, release
 from training import config as configs
 
@@ -51,7 +51,7 @@ def make_run(folder: pathlib.Path, teacher: pathlib.Path, *, averaged: bool = Tr
     if averaged:
         networks["average"] = {"updates": 1, "values": weights}
     with checkpoint.Checkpoints(folder / "training" / checkpoint.FOLDER) as kept:
-        kept.save(25, networks, healthy=True, info={})
+        kept.save(25, networks, healthy=True)
     return weights
 
 
@@ -309,3 +309,32 @@ def test_the_report_of_the_shipped_student_is_told() -> None:
     assert "prompt accuracy[shapes-oracle], shapes" in rows and "FD[shapes-encoder], shapes, to the teacher" in rows
     assert all(len(values) == len(told.models) for values in rows.values())
     assert len(rows) == len(told.rows)  # no two rows of one name
+
+
+def test_a_single_file_becomes_a_folder_that_everything_takes(tmp_path: pathlib.Path) -> None:
+    parts = sdxl.build_parts("cpu", original_naming.NARROW)
+    artifact.save_pipeline(tmp_path / "base", parts=parts)
+    for weight in parts.unet.parameters():
+        weight.data.add_(0.01)
+    original_naming.save(tmp_path / "model.safetensors", parts, dtype=torch.float16)
+    file, base = str(tmp_path / "model.safetensors"), str(tmp_path / "base")
+    with pytest.raises(errors.ModelError, match=rf"training\.export --file {file} --out FOLDER"):
+        images.artifact_sha256(file)
+    export.main(["--file", file, "--base", base, "--out", str(tmp_path / "folder"), "--dtype", "fp32"])
+    folder, single = artifact.load(str(tmp_path / "folder")), artifact.load(file, base=base)
+    for part in ("unet", "vae", "text"):
+        ours, theirs = getattr(folder, part).state_dict(), getattr(single, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert len(images.artifact_sha256(str(tmp_path / "folder"))) == 64
+
+
+@pytest.mark.parametrize("more", [[], ["--out", "x", "--fuse"], ["--out", "x", "--format", "lora"], ["--run", "r"]])
+def test_what_does_not_go_with_a_single_file_is_a_usage_error(more: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--file", "model.safetensors", *more])
+
+
+def test_a_file_is_not_written_over_something_else(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "diary.txt").write_text("dear")
+    with pytest.raises(errors.ConfigError, match="holds something else"):
+        export.main(["--file", "model.safetensors", "--out", str(tmp_path)])

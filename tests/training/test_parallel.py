@@ -175,4 +175,4 @@ def test_samples_leave_no_trace_in_a_sharded_runs_checkpoints(together: pathlib.
             torch.testing.assert_close(sampled[part], plain[part], rtol=0, atol=0)
     last = state(together / "sampled")
     apart = [(last["unet"][f"denoiser.unet.{name}"] - value).abs() for name, value in last["average"]["values"].items()]
-    assert min(float(each.mean()) for each in apart) > 1e-3, "average and weights should differ, to be told apart"
+    assert min(float(each.mean()) for each in apart) > 1e-4, "average and weights should differ, to be told apart"
