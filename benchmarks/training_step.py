@@ -5,13 +5,13 @@ each pass is timed alone on the same networks and shapes; figures are medians ov
 down slows both. Pictures are drawn beforehand: that is data, not training. Then, with --memory, the peak of the step
 with and without each memory switch, as measured and as `training.plan` foretells it.
 
-glibc gives every large block back to the kernel, which clears it again at the next use. A step, whose memory is larger
-than any pass's, pays more for that than they do: --keep-memory lets the allocator keep what it has, as CUDA's does.
+glibc by itself gives every large block back to the kernel, which clears it again at the next use. A step, whose memory
+is larger than any pass's, pays more for that than they do, so a training lets it keep what it has, as CUDA's allocator
+does; --plain-allocator measures without.
 """
 
 import argparse
 import collections
-import ctypes
 import dataclasses
 import gc
 import pathlib
@@ -50,7 +50,6 @@ TOY = sdxl.Dimensions(
 )
 """SDXL's architecture with 15 million parameters in its U-Net."""
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 
 SWITCHES = (
     (),
@@ -314,26 +313,16 @@ def show_memory(case: Case, steps: int = 2) -> None:
         sys.stdout.flush()
 
 
-def keep_memory() -> None:
-    """Let glibc take large blocks from its heap and never give any back. Raises ConfigError without glibc."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        raise errors.ConfigError("--keep-memory needs Linux with glibc; leave it out") from None
-    libc.mallopt(_MMAP_MAX, 0)
-    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[case.name for case in CASES], help="one alone")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--memory", action="store_true", help="peaks with and without each memory switch")
-    parser.add_argument("--keep-memory", action="store_true", help="do not measure the kernel clearing memory (glibc)")
+    parser.add_argument("--plain-allocator", action="store_true", help="glibc's, as it is by itself")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     given = parser.parse_intermixed_args()
-    if given.keep_memory:
-        keep_memory()
+    if given.plain_allocator:
+        mock.patch.object(compute, "keep_memory").start()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     sys.stdout.write(f"torch {torch.__version__}, {device}\n")
     for case in CASES:

@@ -1,6 +1,8 @@
 """How a training computes: precision, memory, processes. It is about time and memory, and hardly changes what is
 learnt (LoRA apart, which is a smaller student)."""
 
+import contextlib
+import ctypes
 import dataclasses
 import datetime
 from typing import Any
@@ -14,6 +16,8 @@ from diffusion_kd import artifact, errors
 from diffusion_kd.networks import attention, lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 
 _LAUNCHERS = (
     accelerate.DistributedType.NO,
@@ -111,6 +115,8 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
     precision = "no" if config.precision == "fp32" else config.precision
     # accelerate takes processes on CPUs for strangers to one another unless it is told that CPUs are meant.
     cpu = not torch.accelerator.is_available()
+    if cpu:
+        keep_memory()
     accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
     if accelerator.distributed_type not in _LAUNCHERS:
         raise errors.ConfigError(
@@ -118,6 +124,17 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
             "say parallel=fsdp2 in the config"
         )
     return accelerator
+
+
+def keep_memory() -> None:
+    """Let glibc take large blocks from its heap and give none back, as CUDA's allocator does; elsewhere do nothing.
+
+    By itself it gives each back to the kernel, which clears its pages anew at the next use: a tenth of a step's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def load_teacher(config: ComputeConfig, name: str, *, base: str | None = None, size_px: int = 0) -> artifact.Parts:
