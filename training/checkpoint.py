@@ -198,7 +198,7 @@ class Checkpoints:
         """The steps whose checkpoints stand, ascending; whether they can be read is not looked at."""
         names = [path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
         numbers = [int(number) for name in names if (number := name.removeprefix(_PREFIX)).isdecimal()]
-        return sorted(number for number in numbers if _name(number) in names)
+        return sorted(number for number in numbers if name(number) in names)
 
     def newest_step(self) -> int | None:
         """The last step whose checkpoint is whole, by its size; its hash is not looked at. None if there is none."""
@@ -253,10 +253,11 @@ class Checkpoints:
         return Checkpoint(step, _load(path / STATE), manifest["healthy"], path)
 
     def _path(self, step: int) -> pathlib.Path:
-        return self.folder / _name(step)
+        return self.folder / name(step)
 
 
-def _name(step: int) -> str:
+def name(step: int) -> str:
+    """Of a checkpoint's folder."""
     return f"{_PREFIX}{step:09d}"
 
 

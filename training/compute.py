@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import logging
 from typing import Any
 
 import accelerate
@@ -118,6 +119,8 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
     if cpu:
         keep_memory()
     accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.ERROR)  # all would say the same
     if accelerator.distributed_type not in _LAUNCHERS:
         raise errors.ConfigError(
             f"accelerate was launched for {accelerator.distributed_type.value}; launch it plainly (--multi_gpu) and "

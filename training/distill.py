@@ -10,6 +10,7 @@ import logging
 import math
 import pathlib
 import statistics
+from collections.abc import Mapping
 
 import accelerate
 import torch
@@ -20,7 +21,7 @@ from diffusion_kd import artifact, errors, files, licences, pipeline
 from diffusion_kd.networks import features
 from diffusion_kd.objectives import add
 from diffusion_kd.shapes import model
-from training import cache, compute, data, feed, loop, networks, parallel, plan, release, tracking
+from training import cache, checkpoint, compute, data, feed, loop, networks, parallel, plan, release, tracking
 from training import config as configs
 
 _log = logging.getLogger(__name__)
@@ -277,10 +278,11 @@ class Distillation:
             if self.config.frozen_precision != "fp32":
                 others = artifact.load(self.teacher_name, base=self.base)
             parts = self._student_parts(unet, others)
+            seen = loop.images_seen(self.folder / "training", self.config.training)
             release.export(
                 folder,
                 parts=parts,
-                distillation=self._distillation(parts),
+                distillation=describe(self.config, parts, self._origin(), seen, self.code),
                 lora=self.config.lora_rank > 0,
                 acceptance=self.acceptance,
                 teacher_licence=self.teacher_licence,
@@ -289,20 +291,26 @@ class Distillation:
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _distillation(self, parts: artifact.Parts) -> artifact.Distillation:
-        lineage = self._origin() | {
-            "images_seen": loop.images_seen(self.folder / "training", self.config.training),
-            "seed": self.config.seed,
-            "config": dataclasses.asdict(self.config),
-            "code": self.code,
-        }
-        return artifact.Distillation(
-            objective="add",
-            student_timesteps=pipeline.trained_timesteps(self.config.objective.student_steps),
-            prediction_type=parts.scheduler.config.prediction_type,
-            size_px=parts.size_px,
-            lineage=lineage,
-        )
+
+def describe(
+    config: DistillConfig, parts: artifact.Parts, origin: Mapping[str, object], images_seen: int, code: str
+) -> artifact.Distillation:
+    """What `distillation.json` says of a student. parts: as `artifact.export_student` takes them. code: its version."""
+    lineage = {
+        **origin,
+        "images_seen": images_seen,
+        "checkpoint": checkpoint.name(images_seen // config.training.batch_size),
+        "seed": config.seed,
+        "config": dataclasses.asdict(config),
+        "code": code,
+    }
+    return artifact.Distillation(
+        objective="add",
+        student_timesteps=pipeline.trained_timesteps(config.objective.student_steps),
+        prediction_type=parts.scheduler.config.prediction_type,
+        size_px=parts.size_px,
+        lineage=lineage,
+    )
 
 
 def _agreement(eyes: features.TextImageNetwork, images: Tensor, captions: list[str]) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_kd import artifact, errors, files, pipeline
+from diffusion_kd import artifact, errors, files
 from diffusion_kd.networks import lora, lora_file
 from training import checkpoint, compute, distill, release
 from training import config as configs
@@ -49,21 +49,8 @@ def student_of(run: pathlib.Path, base: str | None = None) -> tuple[artifact.Par
     _take(unet, _weights(found.state), run)
     scheduler = artifact.student_scheduler(parts.scheduler, config.objective.student_steps)
     student = dataclasses.replace(parts, unet=unet, scheduler=scheduler)
-    lineage = origin | {
-        "images_seen": found.step * config.training.batch_size,
-        "seed": config.seed,
-        "config": dataclasses.asdict(config),
-        "code": release.code_version(),
-        "checkpoint": found.path.name,
-    }
-    described = artifact.Distillation(
-        objective="add",
-        student_timesteps=pipeline.trained_timesteps(config.objective.student_steps),
-        prediction_type=scheduler.config.prediction_type,
-        size_px=student.size_px,
-        lineage=lineage,
-    )
-    return student, described
+    seen = found.step * config.training.batch_size
+    return student, distill.describe(config, student, origin, seen, release.code_version())
 
 
 def _origin(run: pathlib.Path) -> dict[str, Any]:

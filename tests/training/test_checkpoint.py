@@ -445,15 +445,16 @@ def test_killed_at_random_times_nothing_is_lost(tmp_path: pathlib.Path) -> None:
                 _save(checkpoints, step)
                 os.write(writes, step.to_bytes(4, "little"))
         os.close(writes)
-        time.sleep(drawn.uniform(0.005, 0.04))
+        told = os.read(reads, 4)  # the first one stands, however slow the machine is
+        time.sleep(drawn.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with open(reads, "rb") as pipe:  # noqa: PTH123 - a descriptor
-            told = pipe.read()
-        completed = int.from_bytes(told[-4:], "little") if told else last
+            told += pipe.read()
+        completed = int.from_bytes(told[-4:], "little")
         last = _newest(tmp_path) or 0
         assert last in (completed, completed + 1)
-    assert last > 20
+    assert last >= 20
 
 
 # --- one writer -------------------------------------------------------------------------------------
