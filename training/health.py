@@ -45,6 +45,9 @@ FAR_OFF = 10.0
 """A loss so many times its usual size (the median of the 12 reports before) is not waited for, nor is a report of which
 `NEARLY_ALL` steps were skipped."""
 
+EARLY = 10.0
+"""So much further off still is what counts before there are 12 reports."""
+
 NEARLY_ALL = 0.9
 
 _COMPARED_PX = 64
@@ -185,7 +188,8 @@ class Monitor:
         if tag.endswith("_skipped"):
             return points[-1][1] > 0
         factor = health.SPIKE if tag.endswith("_gradient") else health.CLIMB_WATCH if tag in health.LOSSES else math.inf
-        return points[-1][1] > factor * _usual(points)
+        usual, slack = _usual(points)
+        return points[-1][1] > factor * slack * usual
 
     def _note(self, action: str, to_images: int | None) -> None:
         """Append to `health.jsonl`; a full disk does not end a training for that."""
@@ -235,17 +239,22 @@ def _curve(stage: str, tag: str, points: Sequence[tuple[int, float]]) -> runs.Cu
     return runs.Curve(stage, tag, images_seen, values, (0.0,) * len(points))
 
 
-def _usual(points: Sequence[tuple[int, float]]) -> float:
-    """The median of the reports before the last; infinite where they are too few or of no size."""
+def _usual(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The median of the reports before the last, and by what factor a limit upon it is to be raised.
+
+    While they are few a curve still finds its size: then the largest of them, and `EARLY`. Infinite where there are not
+    even two, or they are of no size.
+    """
     before = [value for _, value in points[-1 - health.FEWEST_POINTS : -1] if math.isfinite(value)]
-    usual = statistics.median(before) if len(before) >= health.FEWEST_POINTS else math.inf
-    return usual if usual > 0 else math.inf
+    few = len(before) < health.FEWEST_POINTS
+    usual = math.inf if len(before) < 2 else max(before) if few else statistics.median(before)
+    return usual if usual > 0 else math.inf, EARLY if few else 1.0
 
 
 def _far_off(points: Sequence[tuple[int, float]], stage: str, tag: str) -> Finding | None:
     last = points[-1][1]
-    usual = _usual(points)
-    if tag not in health.LOSSES or not math.isfinite(last) or last < FAR_OFF * usual:
+    usual, slack = _usual(points)
+    if tag not in health.LOSSES or not math.isfinite(last) or last < FAR_OFF * slack * usual:
         return None
     return Finding(
         Level.BAD,

@@ -166,6 +166,14 @@ def test_what_looks_bad_is_no_place_to_go_back_to(tag: str, value: Callable[[int
     assert monitor.ill
 
 
+@pytest.mark.parametrize(("times", "goes_back"), [(20, False), (200, True)])
+def test_among_the_first_reports_it_takes_more(times: float, goes_back: bool) -> None:
+    """A loss still finds its size; one beyond all bounds is no place to go back to all the same."""
+    monitor = Monitor("rollback")
+    asked = _feed(monitor, 5, _since(5, "distillation", lambda n, usual: usual * times))
+    assert monitor.ill and (asked == 5) is goes_back
+
+
 def test_a_sickness_that_is_not_reported_again_counts_once() -> None:
     """Samples come with every fifth report: one bad one is not two, however many reports lie between."""
     monitor = Monitor("rollback")
