@@ -104,7 +104,7 @@ class Case:
 CASES = (Case("shapes-teacher", "shapes-encoder"), Case("toy", "dinov2"))
 
 
-def _random_eyes(name: str, size_px: int) -> features.FeatureNetwork:
+def random_eyes(name: str, size_px: int) -> features.FeatureNetwork:
     return features.DinoFeatures(size_px=size_px // 14 * 14)
 
 
@@ -116,7 +116,7 @@ def prepare(case: Case, overrides: Sequence[str], steps: int, folder: pathlib.Pa
         distill.DistillConfig, "shapes_add", [f"feature_network={case.eyes}", *length, *rare, *overrides]
     )
     parts = case.load(config)
-    eyes = _random_eyes if case.eyes == "dinov2" else networks.load_feature_network
+    eyes = random_eyes if case.eyes == "dinov2" else networks.load_feature_network
     with mock.patch.object(networks, "load_feature_network", eyes):
         return distill.Distillation(config, case.name, Drawn(64, parts.size_px), folder, parts=parts)
 
@@ -305,7 +305,7 @@ def show_memory(case: Case, steps: int = 2) -> None:
             measured = measured_bytes(make, folder)
         config = kept[0].config
         parts = case.architecture()
-        eyes = _random_eyes("", parts.size_px) if case.eyes == "dinov2" else plan.architecture_of_eyes(case.eyes, 0)
+        eyes = random_eyes("", parts.size_px) if case.eyes == "dinov2" else plan.architecture_of_eyes(case.eyes, 0)
         planned = plan.make(
             config, case.name, plan.Machine(cuda=cuda), architectures=rehearsal.Architectures(parts, eyes)
         )
