@@ -4,6 +4,7 @@ import asyncio
 import base64
 import functools
 import io
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -53,6 +54,7 @@ class Runs:
                         x="images seen",
                         y=_name(curve),
                         title=_name(curve),
+                        y_title=" ",  # the title says it
                         height=200,
                         min_width=300,
                         key=_name(curve),
@@ -107,7 +109,10 @@ def _label(run: on_disk.Run) -> str:
 
 
 def _name(curve: on_disk.Curve) -> str:
-    return curve.tag if curve.stage == on_disk.TRAINING else f"{curve.stage}: {curve.tag}"
+    """Short enough for a title over a small plot: `clip_score[eyes], 2 steps` of `samples/2_steps/clip_score[eyes]`."""
+    sampled = re.fullmatch(r"samples/(\d+)_steps/(.+)", curve.tag)
+    tag = f"{sampled[2]}, {words.count(int(sampled[1]), 'step')}" if sampled else curve.tag
+    return tag if curve.stage == on_disk.TRAINING else f"{curve.stage}: {tag}"
 
 
 def _frame(curve: on_disk.Curve) -> pd.DataFrame:

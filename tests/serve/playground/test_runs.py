@@ -25,6 +25,7 @@ def train(folder: pathlib.Path, *, diverge: bool) -> None:
             writer.add_scalar("distillation", value, 800 * index)
             writer.add_scalar("student_gradient", 0.2, 800 * index)
             writer.add_scalar("student_skipped", 0.0, 800 * index)
+            writer.add_scalar("samples/2_steps/clip_score[eyes]", 0.9, 800 * index)
             if index % 10 == 0:
                 grid = np.random.default_rng(index).random((3, 128, 512))
                 writer.add_image("samples", grid, 800 * index)
@@ -45,7 +46,8 @@ def test_curves_samples_and_a_verdict_in_words(visit: Any, picture: Any) -> None
     page = visit(tab="Runs")
     choose(page, "steady")
     expect(page.locator("#run-health")).to_contain_text("Nothing points to trouble. 32,000 images seen")
-    expect(page.locator("#run-curves canvas, #run-curves svg.marks")).to_have_count(2)  # nothing was skipped
+    expect(page.locator("#run-curves canvas, #run-curves svg.marks")).to_have_count(3)  # nothing was skipped
+    expect(page.locator("#run-curves")).to_contain_text("clip_score[eyes], 2 steps")
     expect(page.locator("#run-grids img")).to_have_count(4)
     expect(page.locator("#run-grids figcaption").first).to_have_text("32,000 images")
     page.get_by_text("The run's settings").click()
