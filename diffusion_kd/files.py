@@ -44,7 +44,7 @@ def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         unfinished = pathlib.Path(temporary) / folder.name
         yield unfinished
-        for path in unfinished.rglob("*"):
+        for path in filter(pathlib.Path.is_file, unfinished.rglob("*")):
             if path.suffix == ".safetensors":
                 path.chmod(0o644)
             _flush(path)
