@@ -105,7 +105,7 @@ CASES = (Case("shapes-teacher", "shapes-encoder"), Case("toy", "dinov2"))
 
 
 def random_eyes(name: str, size_px: int) -> features.FeatureNetwork:
-    return features.DinoFeatures(size_px=size_px // 14 * 14)
+    return features.DinoFeatures(size_px=networks.dino_px(size_px))
 
 
 def prepare(case: Case, overrides: Sequence[str], steps: int, folder: pathlib.Path) -> distill.Distillation:
@@ -305,7 +305,7 @@ def show_memory(case: Case, steps: int = 2) -> None:
             measured = measured_bytes(make, folder)
         config = kept[0].config
         parts = case.architecture()
-        eyes = random_eyes("", parts.size_px) if case.eyes == "dinov2" else plan.architecture_of_eyes(case.eyes, 0)
+        eyes = random_eyes("", parts.size_px) if case.eyes == "dinov2" else networks.feature_architecture(case.eyes, 0)
         planned = plan.make(
             config, case.name, plan.Machine(cuda=cuda), architectures=rehearsal.Architectures(parts, eyes)
         )

@@ -96,12 +96,17 @@ def resolve(name_or_path: str, weights: Sequence[str] = _PARTS_WEIGHTS) -> pathl
             f"{sdxl.NAME} is an architecture without weights, which only --plan takes; "
             f"give a folder, a .safetensors file or a hub id, such as {BASE}"
         )
-    if is_single_file(name_or_path):
+    if is_single_file(name_or_path) and path.is_file():
         raise errors.ModelError(
-            f"{name_or_path} is a single file, which this command does not take; write it as a folder: "
+            f"{name_or_path} is a single file, which is taken for a teacher of a training alone; write it as a folder: "
             f"python -m training.export --file {name_or_path} --out FOLDER"
         )
-    if path.is_file() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
+    if (
+        path.is_file()
+        or is_single_file(name_or_path)
+        or name_or_path.count("/") != 1
+        or name_or_path.startswith((".", "/"))
+    ):
         raise errors.ModelError(
             f"no model {name_or_path!r}: not a folder, not a hub id (owner/name), not one of {shipped}"
         )

@@ -137,7 +137,7 @@ def keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_TRIM_THRESHOLD, -1)  # never
 
 
 def load_teacher(config: ComputeConfig, name: str, *, base: str | None = None, size_px: int = 0) -> artifact.Parts:

@@ -1,7 +1,6 @@
 """Configs: a YAML file over a dataclass of defaults, then `key=value` overrides. A config that exists is valid."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import typing
@@ -26,33 +25,40 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
     overrides: `key=value`, nested keys with dots.
     Raises ConfigError for a missing file, an unknown key, a value of the wrong type, or what the schema itself refuses.
     """
-    base = omegaconf.OmegaConf.structured(schema)
-    given = [omegaconf.OmegaConf.create(_read(name_or_path)), *(_override(text) for text in overrides)]
+    merged: Any = omegaconf.OmegaConf.structured(schema)
+    for given in (omegaconf.OmegaConf.create(_read(name_or_path)), *map(_override, overrides)):
+        merged = _merged(schema, merged, given)
     try:
-        merged = omegaconf.OmegaConf.merge(base, *given)
         return cast(Config, omegaconf.OmegaConf.to_object(merged))
+    except omegaconf.errors.OmegaConfBaseException as error:  # ??? and ${...}
+        raise errors.ConfigError(f"{error.full_key} has no value ({errors.first_line(error)})") from None
+
+
+def _merged(schema: type, config: Any, given: Any) -> Any:
+    try:
+        return omegaconf.OmegaConf.merge(config, given)
     except omegaconf.errors.ConfigKeyError as error:
         owner: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         known = ", ".join(field.name for field in dataclasses.fields(owner))
         raise errors.ConfigError(f"unknown config key {error.full_key!r}; known keys are {known}") from None
-    except omegaconf.errors.OmegaConfBaseException as error:
-        raise errors.ConfigError(_misfit(schema, str(error.full_key), given)) from None
+    except (omegaconf.errors.OmegaConfBaseException, TypeError) as error:
+        key = str(getattr(error, "full_key", ""))
+        raise errors.ConfigError(_misfit(schema, key, omegaconf.OmegaConf.to_container(given))) from None
 
 
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _misfit(schema: type, key: str, given: Sequence[Any]) -> str:
-    """What was given for a key and what it takes, in words; of a group, whose key omegaconf does not say, as well."""
-    asked = [omegaconf.OmegaConf.to_container(one) for one in reversed(given)]  # the last one said counts
-    for name, kind, value in itertools.chain.from_iterable(_settings(schema, one) for one in asked):
+def _misfit(schema: type, key: str, given: Any) -> str:
+    """What does not fit in what was given, in words. key: where omegaconf saw it, which of groups and lists is ""."""
+    for name, kind, value in _settings(schema, given):
         if dataclasses.is_dataclass(kind) and not isinstance(value, dict):
             inner = dataclasses.fields(kind)[0].name
             return f"{name} is {value!r}; it is a group of keys, to be given as {name}.{inner}=VALUE"
-        if name == key.partition("[")[0]:
-            kinds = [_WANTED[one] for one in (typing.get_args(kind) or (kind,)) if one in _WANTED]
-            listed = typing.get_origin(kind) is list
-            return f"{name} is {value!r}; it must be {f'a list, as [a, b], each {kinds[0]}' if listed else kinds[0]}"
+        listed = typing.get_origin(kind) is list
+        if name == key.partition("[")[0] or (listed and not isinstance(value, list)):
+            wanted = next(_WANTED[one] for one in (*typing.get_args(kind), kind) if one in _WANTED)
+            return f"{name} is {value!r}; it must be {f'a list, as [a, b], each {wanted}' if listed else wanted}"
     return f"config key {key!r} does not fit"
 
 

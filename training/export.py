@@ -111,7 +111,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     release.add_arguments(parser)
     given = parser.parse_args(arguments)
     if given.file is not None:
-        if given.out is None or given.format or given.fuse or given.report is not None:
+        licence = given.teacher_licence or given.accept_licence or given.accepted_by
+        if given.out is None or given.format or given.fuse or given.report is not None or licence:
             parser.error("--file takes --out FOLDER, --base and --dtype alone")
         return given
     if given.run is None and (given.report is None or given.out is None):
@@ -123,7 +124,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _write_folder(given: argparse.Namespace) -> None:
     """A single file as the folder that an evaluation and the service take."""
-    files.check_replaceable(given.out, "model_index.json")
+    if given.out.is_dir() and any(given.out.iterdir()):
+        raise errors.ConfigError(f"{given.out} is not empty; give a new folder")
     parts = artifact.load(given.file, base=given.base)
     artifact.save_pipeline(given.out, parts=parts, dtype=compute.DTYPES[given.dtype])
     _log.info("wrote %s", given.out)

@@ -245,7 +245,7 @@ def _usual(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     While they are few a curve still finds its size: then the largest of them, and `EARLY`. Infinite where there are not
     even two, or they are of no size.
     """
-    before = [value for _, value in points[-1 - health.FEWEST_POINTS : -1] if math.isfinite(value)]
+    before = [value for _, value in points[:-1] if math.isfinite(value)][-health.FEWEST_POINTS :]
     few = len(before) < health.FEWEST_POINTS
     usual = math.inf if len(before) < 2 else max(before) if few else statistics.median(before)
     return usual if usual > 0 else math.inf, EARLY if few else 1.0

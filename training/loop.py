@@ -200,7 +200,7 @@ def require_checkpoint(folder: pathlib.Path) -> None:
 
 
 def images_seen(folder: pathlib.Path, config: LoopConfig) -> int:
-    """Training examples that the newest checkpoint in `folder` that is whole has seen."""
+    """Training examples that the newest checkpoint in `folder` that is whole, by its size, has seen."""
     step = checkpoint.Checkpoints(folder / checkpoint.FOLDER).newest_step()
     return 0 if step is None else step * config.batch_size
 
@@ -272,7 +272,7 @@ class _Run:
         self._monitor.load_state_dict(found.state["monitor"])
         self._progress.restart()
         self._progress.sums.update(found.state["sums"])
-        self._turns.skipped.update(found.state["skipped"])
+        self._turns.skipped.update(found.state.get("skipped", {}))
         self._step = found.step
         self._began_s = time.monotonic() - found.state["elapsed_s"]
         _log.info("%s stands at step %d", self._progress.name, self._step)

@@ -35,7 +35,8 @@ def make_objective(
     teacher = parts.denoiser()
     if student is None and config.lora_rank:
         student, teacher = teacher, lora.WithoutAdapters(teacher.unet, teacher.schedule, teacher.prediction_type)
-    student = student or copy.deepcopy(teacher)  # before the teacher is rounded
+    elif student is None:
+        student = copy.deepcopy(teacher)  # before it is rounded
     parts.to(device, config.frozen_dtype)
     if tiny_decoder is not None:
         nn.Module.to(tiny_decoder, device, config.frozen_dtype)
@@ -54,11 +55,27 @@ def load_feature_network(name: str, size_px: int) -> features.FeatureNetwork:
     """The discriminator's eyes, by the names of `DistillConfig.feature_network`. Raises ModelError."""
     kind, _, rest = name.partition(":")
     if kind == "dinov2":
-        return features.DinoFeatures(weights=rest or True, size_px=min(518, size_px // 14 * 14))
+        return features.DinoFeatures(weights=rest or True, size_px=dino_px(size_px))
     if kind == "open_clip":
         architecture, _, weights = rest.partition(":")
         return features.OpenClipFeatures(architecture, weights or None)
     return pipeline.load_feature_network(name)
+
+
+def feature_architecture(name: str, size_px: int) -> features.FeatureNetwork:
+    """What `load_feature_network` would load, on `meta`. Raises ModelError."""
+    kind, _, rest = name.partition(":")
+    with torch.device("meta"):
+        if kind == "dinov2":
+            return features.DinoFeatures(size_px=dino_px(size_px))
+        if kind == "open_clip":
+            return features.OpenClipFeatures(rest.partition(":")[0])
+    return features.clip_architecture(artifact.resolve(name, ()), name)
+
+
+def dino_px(size_px: int) -> int:
+    """Whole patches of 14 px, and not above DINOv2's own 518."""
+    return min(518, size_px // 14 * 14)
 
 
 def earlier_student(start: str, teacher: artifact.Parts) -> Denoiser:
@@ -67,27 +84,30 @@ def earlier_student(start: str, teacher: artifact.Parts) -> Denoiser:
 
     Raises ModelError if it is not of the teacher's architecture, prediction type and autoencoder.
     """
-    student = copy.deepcopy(teacher.denoiser())
-    student.unet.float()
-    earlier = artifact.load(start)
-    if earlier.scheduler.config.prediction_type != student.prediction_type:
+    earlier, base = artifact.load(start), teacher.denoiser()
+    kind = earlier.scheduler.config.prediction_type
+    if kind != base.prediction_type:
         raise errors.ModelError(
-            f"{start} predicts {earlier.scheduler.config.prediction_type} and the teacher {student.prediction_type}; "
-            "start from a student of this teacher"
+            f"{start} predicts {kind} and the teacher {base.prediction_type}; start from a student of this teacher"
         )
-    try:
-        student.unet.load_state_dict(earlier.unet.state_dict())
-    except RuntimeError as error:
+    if unlike := _unlike(teacher.unet, earlier.unet):
         raise errors.ModelError(
-            f"{start} is not of the teacher's architecture ({errors.first_line(error)}); "
-            "start from a student of this teacher"
-        ) from None
+            f"{start} is not of the teacher's architecture ({unlike}); start from a student of this teacher"
+        )
     if not _same_weights(teacher.vae, earlier.vae):
         raise errors.ModelError(
             f"{start} has another autoencoder than the teacher, so its latents mean something else; "
             "start from a student of this teacher"
         )
-    return student
+    earlier.unet.register_to_config(sample_size=teacher.unet.config.sample_size)
+    return Denoiser(earlier.unet, base.schedule, base.prediction_type)
+
+
+def _unlike(unet: nn.Module, other: nn.Module) -> str:
+    """The first weight that one has and the other has not, or of another shape; "" if there is none."""
+    ours, theirs = ({name: tuple(weight.shape) for name, weight in each.state_dict().items()} for each in (unet, other))
+    names = [name for name in (*ours, *theirs) if ours.get(name) != theirs.get(name)]
+    return f"{names[0]}: {ours.get(names[0], 'not there')} and {theirs.get(names[0], 'not there')}" if names else ""
 
 
 def _same_weights(module: nn.Module, other: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_kd import artifact, errors
-from diffusion_kd.networks import features, sdxl
-from training import rehearsal
+from diffusion_kd.networks import sdxl
+from training import networks, rehearsal
 
 if TYPE_CHECKING:
     from training import distill
@@ -123,20 +123,22 @@ def make(
     *,
     cached: bool = False,
     goes_on: bool = False,
+    base: str | None = None,
     architectures: rehearsal.Architectures | None = None,
     switches: bool | None = None,
 ) -> Plan:
     """Plan a run of `config` from a teacher by name: its config files are read, its weights are not.
 
-    cached: latents and text come from a prepared cache. goes_on: from an earlier student, as of --student.
+    cached: latents and text come from a prepared cache. goes_on: from an earlier student, as of --student. base: of a
+        teacher that is a single file.
     architectures: the networks, if they are at hand.
     switches: whether to rehearse them; None: if the run does not fit.
     Raises ConfigError if the batch cannot be shared among the devices, ModelError for a teacher that cannot be read.
     """
     began = time.monotonic()
     machine = machine or Machine()
-    architectures = dataclasses.replace(architectures or _architectures(config, teacher), goes_on=goes_on)
-    planner = _Planner(config, architectures, machine, cached)
+    architectures = architectures or _architectures(config, teacher, base)
+    planner = _Planner(config, architectures, machine, cached=cached, goes_on=goes_on)
     found = planner.rehearse(config)
     peak = planner.peak(config, found)
     fits = peak.total_bytes / _GIGA <= machine.usable_gb
@@ -169,10 +171,13 @@ class _Planner:
         config: "distill.DistillConfig",
         architectures: rehearsal.Architectures,
         machine: Machine,
+        *,
         cached: bool,
+        goes_on: bool,
     ) -> None:
         self.size_px = config.size_px or architectures.parts.size_px
-        self._config, self._architectures, self._machine, self._cached = config, architectures, machine, cached
+        self._config, self._architectures, self._machine = config, architectures, machine
+        self._cached, self._goes_on = cached, goes_on
         self._rehearsed: dict[str, rehearsal.Rehearsal] = {}
         errors.require(
             self.size_px % architectures.parts.downscale == 0,
@@ -206,6 +211,7 @@ class _Planner:
                 micro_batch=count,
                 size_px=self.size_px,
                 cached=self._cached,
+                goes_on=self._goes_on,
                 cuda=self._machine.cuda,
             )
         return self._rehearsed[repr(config)]
@@ -316,20 +322,11 @@ def _gathered_bytes(config: "distill.DistillConfig", blocks: tuple[int, int]) ->
     return (2 * largest + rest) * (2 * width + 4)
 
 
-def _architectures(config: "distill.DistillConfig", teacher: str) -> rehearsal.Architectures:
-    parts = artifact.architecture(teacher)
-    return rehearsal.Architectures(parts, architecture_of_eyes(config.feature_network, config.size_px or parts.size_px))
-
-
-def architecture_of_eyes(name: str, size_px: int) -> features.FeatureNetwork:
-    """The feature network that `networks.load_feature_network` would load, on `meta`. Raises ModelError."""
-    kind, _, rest = name.partition(":")
-    with torch.device("meta"):
-        if kind == "dinov2":
-            return features.DinoFeatures(size_px=min(518, size_px // 14 * 14))
-        if kind == "open_clip":
-            return features.OpenClipFeatures(rest.partition(":")[0])
-    return features.clip_architecture(artifact.resolve(name, ()), name)
+def _architectures(config: "distill.DistillConfig", teacher: str, base: str | None) -> rehearsal.Architectures:
+    parts = artifact.architecture(teacher, base=base)
+    return rehearsal.Architectures(
+        parts, networks.feature_architecture(config.feature_network, config.size_px or parts.size_px)
+    )
 
 
 def table(plan: Plan) -> str:
@@ -423,7 +420,14 @@ def machine_of(given: argparse.Namespace) -> Machine:
 
 def show(config: "distill.DistillConfig", teacher: str, given: argparse.Namespace, *, cached: bool = False) -> Plan:
     """Write the plan to stdout; what `--plan` does. Raises as `make` does."""
-    switches = given.switches or None
-    plan = make(config, teacher, machine_of(given), cached=cached, goes_on=given.student is not None, switches=switches)
+    plan = make(
+        config,
+        teacher,
+        machine_of(given),
+        cached=cached,
+        goes_on=given.student is not None,
+        base=given.base,
+        switches=given.switches or None,
+    )
     sys.stdout.write(table(plan) + "\n")
     return plan

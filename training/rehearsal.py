@@ -36,15 +36,11 @@ _CUDA_BLOCK_BYTES = 512
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Architectures:
-    """What takes part: on `meta` nothing reads weights. tiny_decoder: None without one.
-
-    goes_on: from an earlier student, which then is a second network beneath adapters too.
-    """
+    """What takes part: on `meta` nothing reads weights. tiny_decoder: None without one."""
 
     parts: Parts
     feature_network: features.FeatureNetwork
     tiny_decoder: nn.Module | None = None
-    goes_on: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,18 +67,20 @@ def rehearse(
     micro_batch: int,
     size_px: int,
     cached: bool = False,
+    goes_on: bool = False,
     cuda: bool = True,
 ) -> Rehearsal:
     """Run one step on micro-batches of `micro_batch` squares of `size_px`.
 
-    cached: latents and text come from a prepared cache, so nothing is encoded.
+    cached: latents and text come from a prepared cache, so nothing is encoded. goes_on: from an earlier student, which
+        then is a second network beneath adapters too.
     cuda: arithmetic and allocation as on CUDA; else as on a CPU. `compile` is not rehearsed.
     """
-    backend = attention.choose("auto", torch.device("cuda" if cuda else "cpu"))
-    if config.attention in ("sdpa", "plain"):
-        backend = config.attention
+    backend = config.attention
+    if backend == "auto" or (cuda and backend == "xformers"):
+        backend = attention.choose("auto", torch.device("cuda" if cuda else "cpu"))
     config = dataclasses.replace(config, attention=backend, compile=False, optimizer="adamw")
-    return _Stage(config, architectures, micro_batch, size_px, cached=cached, cuda=cuda).run()
+    return _Stage(config, architectures, micro_batch, size_px, cached=cached, goes_on=goes_on, cuda=cuda).run()
 
 
 class _Stage:
@@ -96,6 +94,7 @@ class _Stage:
         size_px: int,
         *,
         cached: bool,
+        goes_on: bool,
         cuda: bool,
     ) -> None:
         self._config, self._micro_batch, self._size_px, self._cached = config, micro_batch, size_px, cached
@@ -105,7 +104,7 @@ class _Stage:
         self._bones: dict[int, tuple[Tensor, Tensor]] = {}
         architectures = copy.deepcopy(architectures)
         self._parts = architectures.parts
-        self._objective = self._make_objective(architectures)
+        self._objective = self._make_objective(architectures, goes_on)
         self._phases = self._objective.phases
         with self._fake:
             self._optimizers = [self._make_optimizer(phase) for phase in self._phases]
@@ -128,7 +127,7 @@ class _Stage:
 
     # --- who takes part ---
 
-    def _make_objective(self, architectures: Architectures) -> add.ADD:
+    def _make_objective(self, architectures: Architectures, goes_on: bool) -> add.ADD:
         """As a training makes it, of weights without numbers; then fake tensors take their places."""
         parts, tiny_decoder = architectures.parts, architectures.tiny_decoder
         objective = networks.make_objective(
@@ -137,7 +136,7 @@ class _Stage:
             feature_network=architectures.feature_network,
             device=torch.device("meta"),
             tiny_decoder=tiny_decoder,
-            student=copy.deepcopy(parts.denoiser()) if architectures.goes_on else None,
+            student=copy.deepcopy(parts.denoiser()) if goes_on else None,
         )
         for module in (objective.student, objective.teacher, objective.heads, objective.feature_network):
             self._strip(module)

@@ -13,14 +13,21 @@ def run(*program: str, processes: int = 1, patience_s: float = PATIENCE_S) -> su
     program: a script, or -m and a module, and its arguments.
     """
     together = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return subprocess.run(
-        [sys.executable, *(together if processes > 1 else []), *program],
+    command = [sys.executable, *(together if processes > 1 else []), *program]
+    with subprocess.Popen(
+        command,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=patience_s,
-        check=False,
-    )
+    ) as started:
+        try:
+            out, err = started.communicate(timeout=patience_s)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # torchrun hands it on to its workers, which would outlive its being killed
+            started.communicate(timeout=60)
+            raise
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def succeed(*program: str, processes: int = 1, patience_s: float = PATIENCE_S) -> str:

@@ -66,6 +66,8 @@ def test_overrides_reach_nested_keys() -> None:
             r"objective\.teacher_guidance is 2; it must be a list, as \[a, b\], each a number",
         ),
         ("objective.teacher_guidance=[a]", r"objective\.teacher_guidance is \['a'\]; it must be a list"),
+        ("objective.teacher_guidance={a: 1}", r"objective\.teacher_guidance is \{'a': 1\}; it must be a list"),
+        ("negative_prompt=${nothing}", "negative_prompt has no value"),
         ("compile=maybe", "compile is 'maybe'; it must be true or false"),
         ("seed=1.5", "seed is 1.5; it must be a whole number"),
         ("seed=null", "seed is None; it must be a whole number"),
@@ -74,6 +76,11 @@ def test_overrides_reach_nested_keys() -> None:
 def test_bad_overrides_are_named(override: str, message: str) -> None:
     with pytest.raises(errors.ConfigError, match=message):
         config.load(distill.DistillConfig, "shapes_add", [override])
+
+
+def test_of_two_values_the_one_that_does_not_fit_is_named() -> None:
+    with pytest.raises(errors.ConfigError, match=r"seed is 1\.5;"):
+        config.load(distill.DistillConfig, "shapes_add", ["seed=1.5", "seed=2"])
 
 
 def test_an_unknown_config_lists_the_known() -> None:

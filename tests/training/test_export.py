@@ -328,7 +328,9 @@ def test_a_single_file_becomes_a_folder_that_everything_takes(tmp_path: pathlib.
     assert len(images.artifact_sha256(str(tmp_path / "folder"))) == 64
 
 
-@pytest.mark.parametrize("more", [[], ["--out", "x", "--fuse"], ["--out", "x", "--format", "lora"], ["--run", "r"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--out", "x", "--fuse"], ["--out", "x", "--teacher-licence", "mit"], ["--run", "r"]]
+)
 def test_what_does_not_go_with_a_single_file_is_a_usage_error(more: list[str]) -> None:
     with pytest.raises(SystemExit):
         export.main(["--file", "model.safetensors", *more])
@@ -336,5 +338,5 @@ def test_what_does_not_go_with_a_single_file_is_a_usage_error(more: list[str]) -
 
 def test_a_file_is_not_written_over_something_else(tmp_path: pathlib.Path) -> None:
     (tmp_path / "diary.txt").write_text("dear")
-    with pytest.raises(errors.ConfigError, match="holds something else"):
+    with pytest.raises(errors.ConfigError, match="is not empty"):
         export.main(["--file", "model.safetensors", "--out", str(tmp_path)])

@@ -131,7 +131,7 @@ def together(
     pictures, _ = alone
     out = tmp_path_factory.mktemp("together")
     arguments = given(models, pictures, out / "adapters", *ADAPTERS)
-    processes.succeed(fellows.__file__, str(out), *arguments, processes=2)
+    processes.succeed(fellows.__file__, str(out), *arguments, processes=2, patience_s=3 * processes.PATIENCE_S)
     return out
 
 

@@ -3,7 +3,6 @@
 import datetime
 import pathlib
 import sqlite3
-import threading
 from typing import Any
 
 import pytest
@@ -38,14 +37,21 @@ def test_several_starts_at_once_migrate_once(database_url: str, race: Any) -> No
         opened.close()
 
 
-def test_a_start_waits_for_another_that_makes_the_same_file(tmp_path: pathlib.Path) -> None:
+def test_a_start_waits_for_another_that_makes_the_same_file(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SQLite refuses a change to WAL at once while a new file is being written, whatever the timeout."""
-    other = sqlite3.connect(tmp_path / "service.db", isolation_level=None, check_same_thread=False)
+    other = sqlite3.connect(tmp_path / "service.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    release = threading.Timer(0.2, other.rollback)
-    release.start()
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        other.rollback()
+
+    monkeypatch.setattr(database.time, "sleep", wait)
     store_module.Store(f"sqlite:///{tmp_path}/service.db").close()
-    release.join()
+    assert len(waits) == 1
     other.close()
 
 
