@@ -38,7 +38,7 @@ def check_replaceable(folder: pathlib.Path, mark: str) -> None:
 def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A path to write a folder at, which then takes the place of `folder`; a failure leaves what stood there.
 
-    Flushed to the disk before it is renamed, as of `replacing`.
+    Its files are flushed to the disk before it is renamed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
@@ -47,7 +47,7 @@ def written_whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         for path in filter(pathlib.Path.is_file, unfinished.rglob("*")):
             if path.suffix == ".safetensors":
                 path.chmod(0o644)
-            _flush(path)
+            flush(path)
         _put(unfinished, folder)
 
 
@@ -61,13 +61,26 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
-        _flush(unfinished)
+        flush(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _flush(path: pathlib.Path) -> None:
+def write(path: pathlib.Path, content: str | bytes) -> None:
+    """`replacing`, with this content; text is UTF-8."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Remove what killed processes left half written by `replacing`; nobody must be writing there."""
+    for left in folder.glob(".*.unfinished"):
+        left.unlink(missing_ok=True)
+
+
+def flush(path: pathlib.Path) -> None:
+    """Put a file on the disk, or of a folder its names, which flushing the files does not."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -100,9 +113,14 @@ def lock(path: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path) -> Iterator[None]:
-    """Make a folder and keep other processes from writing to it. Raises ConfigError as `lock` does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = lock(folder / ".lock")
+    """Make a folder and keep other processes from writing to it. Raises ConfigError as `lock` does, or if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = lock(folder / ".lock")
+    except OSError as error:
+        raise errors.ConfigError(
+            f"nothing can be written to {folder} ({error.strerror}); give another folder"
+        ) from None
     try:
         yield
     finally:

@@ -117,7 +117,7 @@ class Gallery:
     def fill(self, workers: processes.Processes) -> None:
         """Make what is not there yet; each process every `count`-th block."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "about.json", (self._about + "\n").encode())
+        files.write(self.folder / "about.json", (self._about + "\n").encode())
         mine = [block for number, block in enumerate(self.blocks()) if number % workers.count == workers.rank]
         bar = tqdm.tqdm(total=sum(map(len, mine)), desc=self.entrant.label, unit="img", disable=not workers.first)
         with bar:
@@ -151,7 +151,7 @@ class Gallery:
                 _save(self._path(item), image)
                 self._mark(item).unlink(missing_ok=True)
             else:
-                _write(self._mark(item), b"the model made NaN or infinite values")
+                files.write(self._mark(item), b"the model made NaN or infinite values")
 
     def _path(self, item: Item) -> pathlib.Path:
         return self.folder / f"{item.name}.png"
@@ -187,11 +187,6 @@ def _fit_one(image_uint8: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 def _save(path: pathlib.Path, image_uint8: NDArray[np.uint8]) -> None:
     with files.replacing(path) as unfinished:
         PIL.Image.fromarray(image_uint8).save(unfinished, format="PNG", compress_level=1)
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    with files.replacing(path) as unfinished:
-        unfinished.write_bytes(content)
 
 
 @functools.cache

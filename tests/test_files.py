@@ -50,3 +50,22 @@ def test_a_file_is_on_the_disk_before_it_takes_a_name(tmp_path: pathlib.Path, mo
     with files.replacing(path) as unfinished:
         unfinished.write_text("new")
     assert standing == [False] and path.exists()
+
+
+def test_a_folders_files_are_on_the_disk_before_it_takes_a_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, folder = list[tuple[str, bool]](), tmp_path / "folder"
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path.name, folder.exists())))
+    with files.written_whole(folder) as unfinished:
+        (unfinished / "deeper").mkdir(parents=True)
+        (unfinished / "deeper" / "a.json").write_text("{}")
+        (unfinished / "b.json").write_text("{}")
+    assert sorted(flushed) == [("a.json", False), ("b.json", False)] and folder.is_dir()
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: pathlib.Path) -> None:
+    files.write(tmp_path / "kept.json", "{}")
+    (tmp_path / ".kept.json.7.unfinished").write_text("{")
+    files.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]

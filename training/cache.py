@@ -204,11 +204,13 @@ def finish(
     total = sum(record["stop"] - record["start"] for record in records)
     check_share(rejected, total, most_rejected)
     lines = [json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    _replace(folder / REJECTED, "".join(lines).encode("utf-8", "replace"))
+    files.write(folder / REJECTED, "".join(lines).encode("utf-8", "replace"))
     single = first < 0
-    _replace(folder / INDEX, safetensors.torch.save(_index(kept, single)))
+    files.write(folder / INDEX, safetensors.torch.save(_index(kept, single)))
     manifest = _manifest(folder, records, kept, single, rejected) | {"teacher": identity.to_json(), "made": dict(made)}
-    _replace(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+    files.write(
+        folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    )
     return manifest
 
 
@@ -269,11 +271,6 @@ def _manifest(
         "sources": counts(kept.source, kept.names["sources"]),
         "files": stored,
     }
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    with files.replacing(path) as unfinished:
-        unfinished.write_bytes(content)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class Checkpoints:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        _sync(self.folder)
+        files.flush(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, saved: int) -> None:
@@ -198,7 +198,7 @@ class Checkpoints:
         """The steps whose checkpoints stand, ascending; whether they can be read is not looked at."""
         names = [path.name for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()]
         numbers = [int(number) for name in names if (number := name.removeprefix(_PREFIX)).isdecimal()]
-        return sorted(number for number in numbers if name(number) in names)
+        return sorted(number for number in numbers if folder_name(number) in names)
 
     def newest_step(self) -> int | None:
         """The last step whose checkpoint is whole, by its size; its hash is not looked at. None if there is none."""
@@ -253,10 +253,10 @@ class Checkpoints:
         return Checkpoint(step, _load(path / STATE), manifest["healthy"], path)
 
     def _path(self, step: int) -> pathlib.Path:
-        return self.folder / name(step)
+        return self.folder / folder_name(step)
 
 
-def name(step: int) -> str:
+def folder_name(step: int) -> str:
     """Of a checkpoint's folder."""
     return f"{_PREFIX}{step:09d}"
 
@@ -316,23 +316,19 @@ def _write(folder: pathlib.Path, step: int, state: dict[str, Any], healthy: bool
             "python": platform.python_version(),
         },
     }
-    _write_manifest(folder / MANIFEST, manifest)
-    _sync(folder)
+    (folder / MANIFEST).write_text(_as_text(manifest), encoding="utf-8")
+    files.flush(folder / MANIFEST)
+    files.flush(folder)
 
 
-def _write_manifest(path: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+def _as_text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2)
 
 
 def _mark_healthy(folder: pathlib.Path) -> None:
     """In its manifest, the old one of which stands until the new one is on the disk."""
-    unfinished = folder / f".{MANIFEST}{_UNFINISHED}"
-    _write_manifest(unfinished, json.loads((folder / MANIFEST).read_bytes()) | {"healthy": True})
-    unfinished.replace(folder / MANIFEST)
-    _sync(folder)
+    files.write(folder / MANIFEST, _as_text(json.loads((folder / MANIFEST).read_bytes()) | {"healthy": True}))
+    files.flush(folder)
 
 
 def _write_state(path: pathlib.Path, state: dict[str, Any]) -> tuple[int, str]:
@@ -351,15 +347,6 @@ def _write_state(path: pathlib.Path, state: dict[str, Any]) -> tuple[int, str]:
             "dicts alone"
         ) from None
     return hashed.size, hashed.sha256
-
-
-def _sync(folder: pathlib.Path) -> None:
-    """Put the folder's names on the disk, which flushing the files does not."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _sound(path: pathlib.Path) -> dict[str, Any] | None:

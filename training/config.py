@@ -100,8 +100,7 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
                 )
     elif write:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

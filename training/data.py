@@ -144,12 +144,12 @@ def teacher_images(
     if accelerator.is_main_process:
         chosen = drawing.wanted(texts, f"{teacher}\n{seed}\n{guidance_scale}\n{parts.size_px}")
         folder.mkdir(parents=True, exist_ok=True)
+        files.sweep(folder)
         sampler = pipeline.TeacherPipeline(parts)
         sampler.to(accelerator.device)
         drawing.draw(sampler, {one: one.prompt for one in chosen}, folder, guidance_scale=guidance_scale)
         lines = [json.dumps({"file_name": f"{one.name}.png", "text": one.prompt}) + "\n" for one in chosen]
-        with files.replacing(folder / "metadata.jsonl") as unfinished:
-            unfinished.write_text("".join(lines), encoding="utf-8")
+        files.write(folder / "metadata.jsonl", "".join(lines))
     accelerator.wait_for_everyone()
     return FolderImages(folder, parts.size_px)
 

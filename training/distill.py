@@ -299,7 +299,7 @@ def describe(
     lineage = {
         **origin,
         "images_seen": images_seen,
-        "checkpoint": checkpoint.name(images_seen // config.training.batch_size),
+        "checkpoint": checkpoint.folder_name(images_seen // config.training.batch_size),
         "seed": config.seed,
         "config": dataclasses.asdict(config),
         "code": code,

@@ -237,8 +237,8 @@ def draw_source(
     prompts = drawing.read_prompts(given.prompts)
     folder = given.out / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    for half in folder.glob(".*.unfinished") if fellows.share[0] == 0 else ():
-        half.unlink()
+    if fellows.share[0] == 0:
+        files.sweep(folder)
     fellows.wait()
     if given.images_from:
         decides: tuple[object, ...] = (given.images_from, given.images_model, settings.size_px, given.images_seeded)
@@ -318,27 +318,23 @@ def main(arguments: list[str] | None = None) -> None:
     _check(given)
     fellows = Fellows.join()
     source = open_source(given)
-    with files.held(given.out) if fellows.share[0] == 0 else contextlib.nullcontext():
-        manifest = _make(given, fellows, source)
-    if manifest:
-        _log.info("%s", summary(manifest))
-
-
-def _make(given: argparse.Namespace, fellows: Fellows, source: sources.Source | None) -> dict[str, Any]:
     precision = given.precision or ("bf16" if fellows.state.device.type == "cuda" else "fp32")
     parts = artifact.load(given.teacher, dtype=compute.DTYPES[precision], base=given.base)
     settings = _settings(given, parts.size_px, precision)
-    return prepare(
-        settings,
-        given.teacher,
-        parts,
-        source or draw_source(given, settings, parts, fellows),
-        given.out,
-        fellows=fellows,
-        most_rejected=given.most_rejected,
-        most_bits=given.duplicate_bits,
-        workers=given.workers,
-    )
+    with files.held(given.out) if fellows.share[0] == 0 else contextlib.nullcontext():
+        manifest = prepare(
+            settings,
+            given.teacher,
+            parts,
+            source or draw_source(given, settings, parts, fellows),
+            given.out,
+            fellows=fellows,
+            most_rejected=given.most_rejected,
+            most_bits=given.duplicate_bits,
+            workers=given.workers,
+        )
+    if manifest:
+        _log.info("%s", summary(manifest))
 
 
 def summary(manifest: Mapping[str, Any]) -> str:

@@ -203,8 +203,7 @@ def add_report(folder: pathlib.Path, report: pathlib.Path) -> None:
             f"python -m eval.run --student {folder} --out FOLDER"
         )
     text = card.with_evaluation(folder, artifact.content(distillation), evaluation(content))
-    with files.replacing(folder / card.NAME) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    files.write(folder / card.NAME, text)
     _log.info("the card of %s has the evaluation of %s", folder, report)
 
 

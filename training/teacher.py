@@ -238,6 +238,9 @@ class Build:
         """
         path = self.folder / "latents.pt"
         if not path.exists():
+            if self.accelerator.is_main_process:
+                files.sweep(self.folder)
+            self.accelerator.wait_for_everyone()
             rank, workers, count = self.accelerator.process_index, self.accelerator.num_processes, len(self.images)
             own = range(rank * count // workers, (rank + 1) * count // workers)
             chunks = [list(own[start : start + 128]) for start in range(0, len(own), 128)]

@@ -361,17 +361,23 @@ def test_an_api_key_is_read_from_a_file(tmp_path: pathlib.Path) -> None:
             prepare._key(tmp_path / name)
 
 
-def test_a_second_command_in_the_same_folder_is_told_of_the_first(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_second_command_in_the_same_folder_is_told_of_the_first(
+    models: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock binds other processes; that they are told is tested with the checkpoints' own."""
     folder = write_folder(tmp_path / "f", 2)
-    with files.held(tmp_path / "c"):
-        child = os.fork()
-        if not child:
-            said = rf"process {os.getppid()} on .* writes to {tmp_path}/c.*--out"
-            try:
-                with pytest.raises(errors.ConfigError, match=said):
-                    run(models, tmp_path / "c", "--data", folder)
-            except BaseException:  # noqa: BLE001 - whatever it is, the parent says so
-                os._exit(1)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-    assert status == 0
+
+    def taken(path: pathlib.Path) -> int:
+        raise errors.ConfigError(f"process 7 on host writes to {path.parent}")
+
+    monkeypatch.setattr(files, "lock", taken)
+    with pytest.raises(errors.ConfigError, match=rf"process 7 on host writes to {tmp_path}/c"):
+        run(models, tmp_path / "c", "--data", folder)
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_teacher_that_is_not_there_leaves_no_folder(tmp_path: pathlib.Path) -> None:
+    folder = write_folder(tmp_path / "f", 2)
+    with pytest.raises(errors.ModelError, match="no model"):
+        prepare.main(["--teacher", str(tmp_path / "nobody"), "--out", str(tmp_path / "c"), "--data", str(folder)])
+    assert not (tmp_path / "c").exists()

@@ -145,12 +145,7 @@ def _keep(folder: pathlib.Path, one: Wanted, image: Tensor) -> None:
 
 def refuse(folder: pathlib.Path, one: Wanted, why: filters.Rejection) -> None:
     """Note that there will be no picture."""
-    _put(folder / f"{one.name}.refused", json.dumps(dataclasses.asdict(why)).encode())
-
-
-def _put(path: pathlib.Path, content: bytes) -> None:
-    with files.replacing(path) as unfinished:
-        unfinished.write_bytes(content)
+    files.write(folder / f"{one.name}.refused", json.dumps(dataclasses.asdict(why)).encode())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -263,7 +258,7 @@ def fetch(
         if isinstance(got, filters.Rejection):
             refuse(folder, one, got)
         else:
-            _put(picture_path(folder, one.name), got)
+            files.write(picture_path(folder, one.name), got)
 
     missing = [one for one in texts if _missing(folder, one)]
     if seen is not None:
