@@ -8,14 +8,15 @@ hundredth as large.
 
 import argparse
 import dataclasses
+import functools
+import gc
 import itertools
 import pathlib
 import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -58,10 +59,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _now_s() -> float:
+def _forget() -> None:
+    """What earlier cases left: a training refers to itself, and torch.compile keeps what it made."""
+    gc.collect()
+    torch._dynamo.reset()
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+        torch.cuda.empty_cache()
 
 
 def train(case: Case, name: str, overrides: Sequence[str], steps: int) -> tuple[float, float]:
@@ -73,20 +76,21 @@ def train(case: Case, name: str, overrides: Sequence[str], steps: int) -> tuple[
         distill.DistillConfig, name, [f"size_px={case.train_px}", *length, *quiet, *CONFIGS[name], *overrides]
     )
     began_s: list[float] = []
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _forget()
     with tempfile.TemporaryDirectory() as folder:
         run = _run(case, config, pathlib.Path(folder))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()  # the networks are made on the GPU in float32, which no run does
 
         def draw(place: loop.Place) -> dict[str, Any]:
             if place.rows.start == 0:
-                began_s.append(_now_s())
+                began_s.append(training_step.now_s())
             return {"batch": run.feed.batch(place)}
 
         with mock.patch.object(loop._Run, "_save"):  # tens of GB
             training_step.train(run, draw, pathlib.Path(folder))
-        began_s.append(_now_s())
+        began_s.append(training_step.now_s())
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else float("nan")
     steps_s = [later - earlier for earlier, later in itertools.pairwise(began_s)][_WARM:]
     return case.batch_size / statistics.median(steps_s), peak
@@ -103,17 +107,23 @@ def _run(case: Case, config: distill.DistillConfig, folder: pathlib.Path) -> dis
         return distill.Distillation(config, "random", pictures, folder, parts=parts)
 
 
-def latency_ms(case: Case, size_px: int, steps: int, *, teacher: bool, rounds: int) -> float:
-    """Median time of one picture, bfloat16 on a GPU, after one that does not count."""
+def latencies_ms(case: Case, size_px: int, rounds: int) -> list[float]:
+    """Median time of one picture by the student's step counts and by the teacher, after one that does not count."""
+    _forget()
     parts = case.parts(size_px, device()).to(device(), torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    student = pipeline.FewStepPipeline(parts, {steps: pipeline.trained_timesteps(4)[str(steps)]})
-    draw: Any = pipeline.TeacherPipeline(parts) if teacher else student
-    more = {"guidance_scale": GUIDANCE} if teacher else {}
+    timesteps = {int(steps): each for steps, each in pipeline.trained_timesteps(4).items()}
+    student, teacher = pipeline.FewStepPipeline(parts, timesteps), pipeline.TeacherPipeline(parts)
+    ways = [functools.partial(student, steps=steps) for steps in STUDENT_STEPS]
+    ways += [functools.partial(teacher, steps=TEACHER_STEPS, guidance_scale=GUIDANCE)]
+    return [_median_ms(way, rounds) for way in ways]
+
+
+def _median_ms(draw: Callable[..., Any], rounds: int) -> float:
     took_s = []
     for seed in range(rounds + 1):
-        since_s = _now_s()
-        draw(["a red circle above a blue star"], [seed], steps=steps, **more)
-        took_s.append(_now_s() - since_s)
+        since_s = training_step.now_s()
+        draw(["a red circle above a blue star"], [seed])
+        took_s.append(training_step.now_s() - since_s)
     return 1000 * statistics.median(took_s[1:])
 
 
@@ -134,11 +144,10 @@ def show_training(case: Case, steps: int) -> None:
 def show_latency(case: Case, rounds: int) -> None:
     sys.stdout.write(f"\n| one picture, ms | {' | '.join(f'{size} px' for size in case.draw_px)} |\n")
     sys.stdout.write(f"|---|{'--:|' * len(case.draw_px)}\n")
-    rows = [(f"student, {steps} steps", steps, False) for steps in STUDENT_STEPS]
-    for title, steps, teacher in (*rows, (f"teacher, {TEACHER_STEPS} guided steps", TEACHER_STEPS, True)):
-        times = [latency_ms(case, size, steps, teacher=teacher, rounds=rounds) for size in case.draw_px]
+    titles = [*(f"student, {steps} steps" for steps in STUDENT_STEPS), f"teacher, {TEACHER_STEPS} guided steps"]
+    columns = [latencies_ms(case, size, rounds) for size in case.draw_px]
+    for title, *times in zip(titles, *columns, strict=True):
         sys.stdout.write(f"| {title} | {' | '.join(f'{each:.0f}' for each in times)} |\n")
-        sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> None:

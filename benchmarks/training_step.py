@@ -121,6 +121,13 @@ def prepare(case: Case, overrides: Sequence[str], steps: int, folder: pathlib.Pa
         return distill.Distillation(config, case.name, Drawn(64, parts.size_px), folder, parts=parts)
 
 
+def now_s() -> float:
+    """Once the GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Bare:
     """The passes of one step of plain ADD, each alone."""
 
@@ -161,14 +168,9 @@ class Bare:
 
     def _time(self, name: str, work: Callable[[], object]) -> None:
         with self._run.accelerator.autocast():
-            since = self._now_s()
+            since = now_s()
             work()
-            self.seconds[name].append(self._now_s() - since)
-
-    def _now_s(self) -> float:
-        if self._run.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+            self.seconds[name].append(now_s() - since)
 
     def _encode(self, batch: Batch) -> None:
         size = (batch.images.shape[-2], batch.images.shape[-1])
@@ -213,9 +215,9 @@ def time_steps(run: distill.Distillation, folder: pathlib.Path, warm: int = 2) -
     def draw(place: loop.Place) -> Mapping[str, Any]:
         nonlocal since
         if place.step:
-            steps_s.append(bare._now_s() - since)
+            steps_s.append(now_s() - since)
         bare.round(source.batch(place))
-        since = bare._now_s()
+        since = now_s()
         return {"batch": source.batch(place)}
 
     train(run, draw, folder)

@@ -174,6 +174,17 @@ def test_among_the_first_reports_it_takes_more(times: float, goes_back: bool) ->
     assert monitor.ill and (asked == 5) is goes_back
 
 
+def test_a_report_without_a_number_does_not_make_the_judge_forget() -> None:
+    """After forty good reports and one that is NaN, twenty times the usual is still far off."""
+    monitor = Monitor("rollback")
+    values = {30: lambda usual: math.nan, 31: lambda usual: 20 * usual}
+
+    def change(report: int, means: Means) -> Means:
+        return means | ({"distillation": values[report](means["distillation"])} if report in values else {})
+
+    assert _feed(monitor, 31, change) == 31
+
+
 def test_a_sickness_that_is_not_reported_again_counts_once() -> None:
     """Samples come with every fifth report: one bad one is not two, however many reports lie between."""
     monitor = Monitor("rollback")

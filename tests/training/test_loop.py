@@ -262,6 +262,15 @@ def test_a_hundred_skipped_steps_in_a_row_end_the_training(tmp_path: pathlib.Pat
         fit(tmp_path / "resumed", dataclasses.replace(CONFIG, images=1000), poisoned)
 
 
+def test_a_checkpoint_that_counts_no_skipped_steps_is_taken_up(tmp_path: pathlib.Path) -> None:
+    fit(tmp_path, dataclasses.replace(CONFIG, images=20))
+    found = newest(tmp_path)
+    older = {name: part for name, part in found.state.items() if name != "skipped"}
+    checkpoint.Checkpoints(tmp_path / checkpoint.FOLDER).save(found.step, older, healthy=True)
+    fit(tmp_path)
+    assert newest(tmp_path).step == 20
+
+
 def test_skipped_steps_stay_out_of_the_means_and_two_learners_count_once(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

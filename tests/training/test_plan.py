@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import training_step
-from diffusion_kd import errors
+from diffusion_kd import artifact, errors
 from diffusion_kd.networks import sdxl
 from tests import toys
 from training import distill, ledger, loop, networks, plan, rehearsal
@@ -87,6 +87,20 @@ def test_sdxl_is_planned_without_its_weights() -> None:
     assert found.at_peak_gb["average (EMA)"] == pytest.approx(4 * 2.567463684, rel=1e-3)
     # A U-Net's forward pass is 1.5 tera-operations at 512 px: three for learning, two for a guided teacher.
     assert 5 * 1.5 < found.tera_operations < 10
+
+
+def test_a_single_file_is_planned_by_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def architecture(name: str, *, base: str | None = None) -> artifact.Parts:
+        asked.append((name, base))
+        return toys.tiny_parts()
+
+    monkeypatch.setattr(artifact, "architecture", architecture)
+    monkeypatch.setattr(networks, "feature_architecture", lambda name, size_px: toys.ToyFeatures())
+    objective = ["objective.adversarial_weight=0", "objective.distance_space=latent", "training.batch_size=2"]
+    distill.main(["--plan", "--teacher", "m.safetensors", "--base", "folder", f"size_px={SIZE_PX}", *objective])
+    assert asked == [("m.safetensors", "folder")]
 
 
 def test_processes_share_what_fsdp2_shards() -> None:
