@@ -132,6 +132,8 @@ def show_training(case: Case, steps: int) -> None:
     sys.stdout.write("|---|--:|--:|\n")
     for name in CONFIGS:
         for overrides in SWITCHES:
+            if "compile=true" in overrides and not torch.cuda.is_available():
+                continue  # minutes for what nobody asks
             try:
                 rate, peak_gb = train(case, name, overrides, steps)
                 told = f"{rate:.2f} | {peak_gb:.1f}"

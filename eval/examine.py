@@ -109,9 +109,9 @@ class Examination:
 def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
     """Load the models; the teacher first."""
     options, settings = _fixed_latents(plan)
+    sha256 = images.artifact_sha256(plan.teacher)
     teacher = pipeline.load_teacher(plan.teacher)
     teacher.to(device)
-    sha256 = images.artifact_sha256(plan.teacher)
 
     def of_teacher(model: str, steps: int, scale: float) -> images.Entrant:
         own: dict[str, Any] = {}
@@ -126,10 +126,10 @@ def enter(plan: Plan, device: torch.device) -> list[images.Entrant]:
         entrants += [of_teacher(BASELINE, steps, scale) for steps in plan.steps for scale in scales]
     for model, name in ((STUDENT, plan.student), (BESIDE, plan.beside)):
         if name is not None:
+            found = images.artifact_sha256(name)
             student = pipeline.load_student(name)
             student.to(device)
             sampler = functools.partial(student, **options)
-            found = images.artifact_sha256(name)
             entrants += [
                 images.Entrant(model, name, sampler, found, steps, STUDENT_GUIDANCE, settings, device.type)
                 for steps in plan.steps

@@ -16,6 +16,9 @@ FOLDER = pathlib.Path(__file__).parent / "configs"
 
 Config = TypeVar("Config")
 
+_LONGEST = 100
+"""Characters of a value in a message: a teacher's identity has thousands."""
+
 
 def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a config.
@@ -26,7 +29,7 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
     Raises ConfigError for a missing file, an unknown key, a value of the wrong type, or what the schema itself refuses.
     """
     merged: Any = omegaconf.OmegaConf.structured(schema)
-    for given in (omegaconf.OmegaConf.create(_read(name_or_path)), *map(_override, overrides)):
+    for given in (_read(name_or_path), *map(_override, overrides)):
         merged = _merged(schema, merged, given)
     try:
         return cast(Config, omegaconf.OmegaConf.to_object(merged))
@@ -94,8 +97,9 @@ def claim(folder: pathlib.Path, origin: Mapping[str, object], *, write: bool) ->
         asked = _flat(wanted)
         for key in sorted(asked.keys() | found.keys()):
             if asked.get(key) != found.get(key):
+                there, here = (_shortened(repr(each.get(key))) for each in (found, asked))
                 raise errors.ConfigError(
-                    f"{folder} holds a run with {key} = {found.get(key)!r}, not {asked.get(key)!r}; "
+                    f"{folder} holds a run with {key} = {there}, not {here}; "
                     "give another --out, or what that run was started with"
                 )
     elif write:
@@ -124,7 +128,11 @@ def _override(text: str) -> Any:
         raise errors.ConfigError(f"override {text!r}: {errors.first_line(error)}") from None
 
 
-def _read(name_or_path: str) -> dict[str, object]:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
+def _read(name_or_path: str) -> Any:
     for path in (pathlib.Path(name_or_path), FOLDER / f"{name_or_path}.yaml"):
         if path.is_file():
             try:
@@ -133,6 +141,9 @@ def _read(name_or_path: str) -> dict[str, object]:
                 raise errors.ConfigError(f"{path} is not YAML in UTF-8: {' '.join(str(error).split())}") from None
             if not isinstance(content, dict):
                 raise errors.ConfigError(f"{path} holds a {type(content).__name__}, not a table of keys")
-            return content
+            try:
+                return omegaconf.OmegaConf.create(content)
+            except (omegaconf.errors.OmegaConfBaseException, RecursionError) as error:
+                raise errors.ConfigError(f"{path} holds what no config can: {errors.first_line(error)}") from None
     known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.yaml")))
     raise errors.ConfigError(f"no config {name_or_path!r}: neither a file nor one of {known}")

@@ -86,6 +86,7 @@ class LoopConfig:
             ("log_every_steps", self.log_every_steps >= 1, "1 or more"),
             ("sample_every_steps", self.sample_every_steps >= 0, "0 (at every report) or more"),
             ("accumulate", self.accumulate >= 1, "1 or more"),
+            ("trackers", all(isinstance(name, str) for name in self.trackers), "a list of names"),
             ("health", self.health in health.MODES, f"one of {', '.join(health.MODES)}"),
         ):
             errors.require(fits, name, getattr(self, name), wanted)

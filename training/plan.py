@@ -420,6 +420,8 @@ def machine_of(given: argparse.Namespace) -> Machine:
 
 def show(config: "distill.DistillConfig", teacher: str, given: argparse.Namespace, *, cached: bool = False) -> Plan:
     """Write the plan to stdout; what `--plan` does. Raises as `make` does."""
+    if given.student is not None:
+        artifact.resolve(given.student, ())
     plan = make(
         config,
         teacher,

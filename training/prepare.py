@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import accelerate
+import torch
 import tqdm
 
 from diffusion_kd import artifact, errors, files, pipeline
@@ -40,8 +41,9 @@ class Fellows:
     @staticmethod
     def join() -> "Fellows":
         """They wait up to a day for one another, for one may draw while others are done."""
+        # accelerate takes processes on CPUs for strangers to one another unless it is told that CPUs are meant.
         options: dict[str, Any] = {"timeout": datetime.timedelta(days=1)}
-        return Fellows(accelerate.PartialState(**options))
+        return Fellows(accelerate.PartialState(cpu=not torch.accelerator.is_available(), **options))
 
     @property
     def share(self) -> tuple[int, int]:

@@ -68,6 +68,8 @@ def test_overrides_reach_nested_keys() -> None:
         ("objective.teacher_guidance=[a]", r"objective\.teacher_guidance is \['a'\]; it must be a list"),
         ("objective.teacher_guidance={a: 1}", r"objective\.teacher_guidance is \{'a': 1\}; it must be a list"),
         ("negative_prompt=${nothing}", "negative_prompt has no value"),
+        ("training.trackers[0]=a", "training.trackers is .*; it must be a list"),
+        ("training.trackers=[[a]]", "a list of names"),
         ("compile=maybe", "compile is 'maybe'; it must be true or false"),
         ("seed=1.5", "seed is 1.5; it must be a whole number"),
         ("seed=null", "seed is None; it must be a whole number"),
@@ -76,6 +78,22 @@ def test_overrides_reach_nested_keys() -> None:
 def test_bad_overrides_are_named(override: str, message: str) -> None:
     with pytest.raises(errors.ConfigError, match=message):
         config.load(distill.DistillConfig, "shapes_add", [override])
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 2020-01-01", "null: 3", "precision: ${", "training: &t\n  images: *t", "training: !!set {a, b}"]
+)
+def test_yaml_that_no_config_can_hold_is_named(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(errors.ConfigError, match=r"own\.yaml holds what no config can"):
+        config.load(distill.DistillConfig, str(tmp_path / "own.yaml"))
+
+
+def test_another_run_is_told_in_few_words(tmp_path: pathlib.Path) -> None:
+    config.claim(tmp_path, {"identity": "a" * 5000}, write=True)
+    with pytest.raises(errors.ConfigError, match="identity") as told:
+        config.claim(tmp_path, {"identity": "b" * 5000}, write=True)
+    assert len(str(told.value)) < 500
 
 
 def test_of_two_values_the_one_that_does_not_fit_is_named() -> None:

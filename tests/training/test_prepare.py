@@ -18,6 +18,7 @@ import torch
 
 from diffusion_kd import artifact, errors, files
 from tests import toys
+from tests.training import processes
 from training import cache, prepare
 from training.preparation import buckets, chunks, encoding, filters, sources
 
@@ -374,6 +375,14 @@ def test_a_second_command_in_the_same_folder_is_told_of_the_first(
     with pytest.raises(errors.ConfigError, match=rf"process 7 on host writes to {tmp_path}/c"):
         run(models, tmp_path / "c", "--data", folder)
     assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_torchrun_shares_the_work(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = write_folder(tmp_path / "f", 9)
+    given = ["--teacher", str(models / "teacher"), "--data", str(folder), "--chunk-items", "2"]
+    processes.succeed("-m", "training.prepare", *given, "--out", str(tmp_path / "two"), processes=2)
+    prepare.main([*given, "--out", str(tmp_path / "one")])
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
 def test_a_teacher_that_is_not_there_leaves_no_folder(tmp_path: pathlib.Path) -> None:
