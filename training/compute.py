@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import datetime
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import accelerate
@@ -18,7 +19,7 @@ from diffusion_kd.networks import attention, lora
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 
 _LAUNCHERS = (
     accelerate.DistributedType.NO,
@@ -116,8 +117,6 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
     precision = "no" if config.precision == "fp32" else config.precision
     # accelerate takes processes on CPUs for strangers to one another unless it is told that CPUs are meant.
     cpu = not torch.accelerator.is_available()
-    if cpu:
-        keep_memory()
     accelerator = accelerate.Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[patience])
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.ERROR)  # all would say the same
@@ -129,15 +128,28 @@ def launch(config: ComputeConfig) -> accelerate.Accelerator:
     return accelerator
 
 
-def keep_memory() -> None:
-    """Let glibc take large blocks from its heap and give none back, as CUDA's allocator does; elsewhere do nothing.
+@contextlib.contextmanager
+def memory_kept(device: torch.device) -> Iterator[None]:
+    """On a CPU, let glibc take large blocks from its heap meanwhile and give none back, as CUDA's allocator does.
 
     By itself it gives each back to the kernel, which clears its pages anew at the next use: a tenth of a step's time.
+    Afterwards all is given back, and limits stand where glibc's own, which move, end up. Elsewhere it does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, -1)  # never
+    libc = None
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            libc = ctypes.CDLL("libc.so.6")
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        for option, value in ((_MMAP_MAX, 65_536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20)):
+            libc.mallopt(option, value)
+        libc.malloc_trim(0)
 
 
 def load_teacher(config: ComputeConfig, name: str, *, base: str | None = None, size_px: int = 0) -> artifact.Parts:

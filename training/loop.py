@@ -170,7 +170,7 @@ def fit(
     """
     run = _Run(accelerator, learners, draw, config, folder, averaged, computing or compute.ComputeConfig(), on_report)
     # Each step seeds torch's own generator; what is made afterwards must not depend on whether there were steps.
-    with run.held(), run.tracked(), torch.random.fork_rng():
+    with run.held(), run.tracked(), compute.memory_kept(accelerator.device), torch.random.fork_rng():
         run.train()
     accelerator.wait_for_everyone()
 

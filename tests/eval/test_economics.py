@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from diffusion_kd import errors
@@ -118,6 +118,7 @@ def test_a_refusal_says_why_or_from_which_volume_it_would_pay(changes: dict[str,
     assert found.outcome is economics.Outcome.DO_NOT and because in found.because
 
 
+@settings(suppress_health_check=[HealthCheck.filter_too_much])  # many cases pay at no volume
 @given(CASES)
 def test_the_volumes_that_a_verdict_names_turn_it(case: economics.Case) -> None:
     least, sure = economics.payback_images(case), economics.payback_images(economics.worse(case), 12)
