@@ -30,7 +30,8 @@ def make_objective(
     """The objective on `device`: frozen networks in their own precision, and a student ready to learn.
 
     parts: the teacher, which is moved there. tiny_decoder: in the place of the teacher's own, which decodes if None.
-    student: of `earlier_student`, to go on from. It begins as the teacher if None, adapters as the teacher's own.
+    student: of `earlier_student`, to go on from. If None it begins as a copy of the teacher, or for adapters as the
+        teacher's own U-Net, which then carries them.
     """
     teacher = parts.denoiser()
     if student is None and config.lora_rank:

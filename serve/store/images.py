@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from diffusion_kd import errors
+from diffusion_kd import errors, files
 
 _NAME = re.compile(r"(?:[a-z0-9_-]{2}/)?[a-z0-9_-]{1,64}\.[a-z0-9]{1,8}")
 _WOULD_DO = "give a folder, file:///absolute/folder or s3://bucket/prefix"
@@ -117,7 +117,7 @@ class _Local:
             unfinished.unlink(missing_ok=True)
             raise
         for folder in {path.parent, self._folder}:
-            _sync_folder(folder)
+            files.flush(folder)  # or a power cut may undo the rename
 
     def get(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
@@ -127,15 +127,6 @@ class _Local:
 
     def signed_url(self, name: str, expires_s: int) -> str | None:
         return None
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    """Without this a power cut may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- S3 ---------------------------------------------------------------------------------------------
