@@ -84,7 +84,9 @@ class Crowd:
         """A few kinds, so that there are few pictures to compare with."""
         kind = number % 6
         body: dict[str, Any] = {"prompt": "a red circle", "user": f"user-{number}", "seed": kind, "n": 1 + kind % 3}
-        body |= {"model": "premium", "num_inference_steps": 10} if kind < 4 else {"model": "turbo"}
+        # The first kill aims at a job that runs: those of its round are long enough to be hit.
+        steps = 60 if number < PER_ROUND else 10
+        body |= {"model": "premium", "num_inference_steps": steps} if kind < 4 else {"model": "turbo"}
         body["response_format"] = "url" if kind % 2 else "b64_json"
         return body | ({"webhook_url": self._receiver} if number % 2 else {})
 
@@ -123,7 +125,10 @@ def all_jobs(url: str) -> list[dict[str, Any]]:
 
 
 def kill_and_restart(folder: pathlib.Path, crowd: Crowd, settings: dict[str, Any]) -> processes.Process:
-    """KILLS rounds of jobs, in each of which one of two processes dies; every fourth time both. Returns a survivor."""
+    """KILLS rounds of jobs, in each of which one of two processes dies; every fourth time both. Returns a survivor.
+
+    The first to die is one that denoises; the others die at any moment.
+    """
     alive = [processes.Process(folder, f"process-{index}", **settings).wait_ready() for index in range(2)]
     crowd.urls = [process.url for process in alive]
     chance, kills = random.Random(1), 0
@@ -133,9 +138,12 @@ def kill_and_restart(folder: pathlib.Path, crowd: Crowd, settings: dict[str, Any
             while kills < KILLS:
                 numbers = range(len(sent), len(sent) + PER_ROUND)
                 sent += [clients.submit(crowd.submit, number) for number in numbers]
-                # The only wait for nothing in particular: the moment of death is to be any.
-                time.sleep(chance.uniform(0.05, 0.6))
-                victims = (0, 1) if kills % 4 == 3 else (kills % 2,)
+                if kills == 0:
+                    victims = eventually(lambda: _at_work(alive), what="a process that denoises")[:1]
+                else:
+                    # The only wait for nothing in particular: the moment of death is to be any.
+                    time.sleep(chance.uniform(0.05, 0.6))
+                    victims = [0, 1] if kills % 4 == 3 else [kills % 2]
                 for victim in victims:
                     alive[victim].kill()
                     kills += 1
@@ -152,6 +160,10 @@ def kill_and_restart(folder: pathlib.Path, crowd: Crowd, settings: dict[str, Any
         raise
     alive[1].kill()
     return alive[0]
+
+
+def _at_work(alive: list[processes.Process]) -> list[int]:
+    return [index for index, process in enumerate(alive) if active(process.url)]
 
 
 def files_of(job: dict[str, Any], url: str) -> list[bytes]:
