@@ -39,7 +39,7 @@ def load(schema: type[Config], name_or_path: str, overrides: Sequence[str] = ())
 
 def _merged(schema: type, config: Any, given: Any) -> Any:
     try:
-        return omegaconf.OmegaConf.merge(config, given)
+        merged = omegaconf.OmegaConf.merge(config, given)
     except omegaconf.errors.ConfigKeyError as error:
         owner: Any = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         known = ", ".join(field.name for field in dataclasses.fields(owner))
@@ -47,6 +47,11 @@ def _merged(schema: type, config: Any, given: Any) -> Any:
     except (omegaconf.errors.OmegaConfBaseException, TypeError) as error:
         key = str(getattr(error, "full_key", ""))
         raise errors.ConfigError(_misfit(schema, key, omegaconf.OmegaConf.to_container(given))) from None
+    for name, kind, value in _settings(schema, omegaconf.OmegaConf.to_container(given)):
+        # omegaconf takes every number but 0 for true.
+        if kind is bool and isinstance(value, int | float) and value not in (0, 1):
+            raise errors.ConfigError(f"{name} is {value!r}; it must be {_WANTED[bool]}")
+    return merged
 
 
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -71,6 +71,7 @@ def test_overrides_reach_nested_keys() -> None:
         ("training.trackers[0]=a", "training.trackers is .*; it must be a list"),
         ("training.trackers=[[a]]", "a list of names"),
         ("compile=maybe", "compile is 'maybe'; it must be true or false"),
+        ("compile=2", "compile is 2; it must be true or false"),
         ("seed=1.5", "seed is 1.5; it must be a whole number"),
         ("seed=null", "seed is None; it must be a whole number"),
     ],
