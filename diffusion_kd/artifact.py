@@ -16,22 +16,19 @@ import json
 import logging
 import os
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
 import huggingface_hub
 import safetensors
 import torch
-import transformers
 from torch import nn
 
 from diffusion_kd import _progress, card, errors, files, types
 from diffusion_kd.conditioning import PromptEncoder
-from diffusion_kd.networks import lora_file, sdxl, single_file
+from diffusion_kd.networks import folders, lora_file, sdxl, single_file
 from diffusion_kd.networks.parts import Parts as Parts
-from diffusion_kd.networks.parts import autoencoder_dtype
 
 DISTILLATION_FILE = "distillation.json"
 SCHEMA_VERSION = 1
@@ -39,7 +36,6 @@ SHIPPED = {
     name: pathlib.Path(__file__).parent / "shapes" / "weights" / name
     for name in ("shapes-teacher", "shapes-student", "shapes-encoder")
 }
-_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 _PARTS_WEIGHTS = tuple(f"{part}/*.safetensors" for part in _NETWORKS)
 _OTHER_VARIANTS = ("*fp16*", "*onnx*", "*openvino*")
@@ -179,9 +175,9 @@ def architecture(name_or_path: str, *, base: str | None = None) -> Parts:
         folder, changes = _base_folder(name_or_path, base or BASE), _said_of_noise(name_or_path, header)
     else:
         folder, changes = resolve(name_or_path, ()), {}
-    _check_folder(name_or_path, folder)
+    folders.check(name_or_path, folder)
     try:
-        parts = _build_parts(folder, changes)
+        parts = folders.build(folder, changes)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise errors.ModelError(f"{name_or_path} has no readable configs: {errors.first_line(error)}") from None
     _check_kind(name_or_path, parts)
@@ -190,33 +186,12 @@ def architecture(name_or_path: str, *, base: str | None = None) -> Parts:
     return parts
 
 
-def _build_parts(folder: pathlib.Path, changes: Mapping[str, object]) -> Parts:
-    unet_config = diffusers.UNet2DConditionModel.load_config(folder / "unet")
-    vae_config = diffusers.AutoencoderKL.load_config(folder / "vae")
-    text_config, text_config_2 = (
-        transformers.CLIPTextConfig.from_pretrained(folder / part) for part in ("text_encoder", "text_encoder_2")
-    )
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel.from_config(unet_config)
-        vae = diffusers.AutoencoderKL.from_config(vae_config)
-        text_encoder = transformers.CLIPTextModel(text_config)
-        text_encoder_2 = transformers.CLIPTextModelWithProjection(text_config_2)
-    text = PromptEncoder(*_load_tokenizers(folder), text_encoder, text_encoder_2)
-    return Parts(unet, vae, text, _load_scheduler(folder, changes))
-
-
-def _check_folder(name: str, folder: pathlib.Path) -> None:
-    for part in _PARTS:
-        if not (folder / part).is_dir():
-            raise errors.ModelError(f"{name} has no {part}/; an SDXL pipeline folder has {', '.join(_PARTS)}")
-
-
 def _load_folder(name_or_path: str, dtype: torch.dtype) -> Parts:
     folder = resolve(name_or_path)
-    _check_folder(name_or_path, folder)
+    folders.check(name_or_path, folder)
     try:
         with _progress.hidden():
-            return _load_parts(folder, dtype)
+            return folders.load(folder, dtype)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise errors.ModelError(f"{name_or_path} cannot be loaded: {errors.first_line(error)}") from None
 
@@ -237,7 +212,7 @@ def _load_lora(name_or_path: str, base: str | None, dtype: torch.dtype) -> Parts
         with _progress.hidden():
             lora_file.fuse(parts.unet, folder / lora_file.NAME)
         parts.unet.register_to_config(sample_size=distillation.size_px // parts.downscale)  # it may not be its base's
-        scheduler = _load_scheduler(folder)
+        scheduler = folders.load_scheduler(folder)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise errors.ModelError(f"{name_or_path} cannot be loaded on {named}: {errors.first_line(error)}") from None
     return dataclasses.replace(parts, scheduler=scheduler)
@@ -264,10 +239,10 @@ def _load_single_file(path: pathlib.Path, base: str, dtype: torch.dtype) -> Part
     header = single_file.read_header(path)
     folder, changes = _base_folder(str(path), base), _said_of_noise(str(path), header)
     try:
-        scheduler = _load_scheduler(folder, changes)
+        scheduler = folders.load_scheduler(folder, changes)
         with _progress.hidden():
             networks = single_file.load(path, folder, dtype)
-        text = PromptEncoder(*_load_tokenizers(folder), networks.text_encoder, networks.text_encoder_2)
+        text = PromptEncoder(*folders.load_tokenizers(folder), networks.text_encoder, networks.text_encoder_2)
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise errors.ModelError(
             f"{path} cannot be loaded with the configs of {base}: {errors.first_line(error)}"
@@ -279,7 +254,7 @@ def _load_single_file(path: pathlib.Path, base: str, dtype: torch.dtype) -> Part
 def _base_folder(name: str, base: str) -> pathlib.Path:
     try:
         folder = resolve(base, ())
-        _check_folder(base, folder)
+        folders.check(base, folder)
     except errors.ModelError as error:
         raise errors.ModelError(
             f"{name} is a single file, which needs the configs and tokenizers of a base: {error}; "
@@ -319,50 +294,6 @@ def _check_kind(name: str, parts: Parts) -> None:
         )
 
 
-def _load_parts(folder: pathlib.Path, dtype: torch.dtype) -> Parts:
-    vae_dtype = autoencoder_dtype(diffusers.AutoencoderKL.load_config(folder / "vae"), dtype)
-    return Parts(
-        unet=_load_whole(diffusers.UNet2DConditionModel, folder / "unet", torch_dtype=dtype),
-        vae=_load_whole(diffusers.AutoencoderKL, folder / "vae", torch_dtype=vae_dtype),
-        text=PromptEncoder(
-            *_load_tokenizers(folder),
-            _load_whole(transformers.CLIPTextModel, folder / "text_encoder", dtype=dtype),
-            _load_whole(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", dtype=dtype),
-        ),
-        scheduler=_load_scheduler(folder),
-    )
-
-
-def _load_tokenizers(folder: pathlib.Path) -> tuple[transformers.CLIPTokenizer, transformers.CLIPTokenizer]:
-    first, second = (transformers.CLIPTokenizer.from_pretrained(folder / part) for part in ("tokenizer", "tokenizer_2"))
-    return first, second
-
-
-def _load_whole(kind: Any, folder: pathlib.Path, **options: torch.dtype) -> Any:
-    """`from_pretrained`, but a weight that the file lacks is an error and not a random number."""
-    module, report = kind.from_pretrained(folder, variant=_variant(folder), output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder.name} lacks {len(missing)} weights, {missing[0]} among them")
-    return module
-
-
-def _variant(folder: pathlib.Path) -> str | None:
-    """The variant to load, as in `model.fp16.safetensors`; None where there are plain weights, or none at all."""
-    names = [re.sub(r"-\d+-of-\d+", "", path.stem).split(".") for path in folder.glob("*.safetensors")]
-    if any(len(name) == 1 for name in names):
-        return None
-    return min((name[1] for name in names), key=lambda variant: (variant != "fp16", variant), default=None)
-
-
-def _load_scheduler(folder: pathlib.Path, changes: Mapping[str, object] | None = None) -> diffusers.SchedulerMixin:
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    kind: Any = getattr(diffusers, str(name), object)
-    if diffusers.SchedulerMixin not in kind.__mro__:
-        raise ValueError(f"diffusers has no scheduler {name!r}")
-    return kind.from_config(config, **(changes or {}))
-
-
 def load_tiny_decoder(
     name_or_path: str, teacher: Parts | None = None, *, dtype: torch.dtype = torch.float32
 ) -> diffusers.AutoencoderTiny:
@@ -377,7 +308,7 @@ def load_tiny_decoder(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (kind := config.get("_class_name")) != "AutoencoderTiny":
             raise ValueError(f"it is of the class {kind}")
-        decoder = _load_whole(diffusers.AutoencoderTiny, folder, torch_dtype=dtype)
+        decoder = folders.load_whole(diffusers.AutoencoderTiny, folder, torch_dtype=dtype)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, safetensors.SafetensorError) as error:
         raise errors.ModelError(
             f"{name_or_path} is no tiny decoder ({errors.first_line(error)}); give an AutoencoderTiny's folder or hub "
@@ -599,7 +530,7 @@ def part_hashes(name_or_path: str) -> dict[str, str]:
         with pathlib.Path(name_or_path).open("rb") as file:
             return {"file": hashlib.file_digest(file, "sha256").hexdigest()}
     folder = resolve(name_or_path)
-    return {part: _hash(folder / part) for part in _PARTS if (folder / part).is_dir()}
+    return {part: _hash(folder / part) for part in folders.PARTS if (folder / part).is_dir()}
 
 
 def _hash(folder: pathlib.Path) -> str:

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from diffusion_kd import _torchvision, artifact, errors, pipeline
-from diffusion_kd.networks import lora, lora_file
+from diffusion_kd.networks import folders, lora, lora_file
 from diffusion_kd.networks.parts import autoencoder_dtype
 from tests import toys
 from tests.test_pipeline import _PLAIN, PROMPTS, SEEDS, export
@@ -180,7 +180,7 @@ def test_every_library_error_is_a_sentence(
     def fail(folder: pathlib.Path, dtype: torch.dtype) -> None:
         raise error
 
-    monkeypatch.setattr(artifact, "_load_parts", fail)
+    monkeypatch.setattr(folders, "load", fail)
     with pytest.raises(errors.ModelError, match=r"cannot be loaded: \w+"):
         artifact.load(str(folder))
 
@@ -463,7 +463,7 @@ def test_a_failed_write_of_a_lora_leaves_the_old_one(adapters: pathlib.Path, mon
 
 def test_part_hashes_know_weights_and_configs(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     before = artifact.part_hashes(str(folder))
-    assert before.keys() == set(artifact._PARTS) and all(len(digest) == 64 for digest in before.values())
+    assert before.keys() == set(folders.PARTS) and all(len(digest) == 64 for digest in before.values())
     (folder / "README.md").write_text("a note")
     assert artifact.part_hashes(str(folder)) == before
     path = folder / "unet" / "config.json"
@@ -558,7 +558,7 @@ def test_a_folder_of_variants_alone_is_loaded(folder: pathlib.Path) -> None:
 def test_the_variant_is_that_of_the_files(tmp_path: pathlib.Path, names: list[str], variant: str | None) -> None:
     for name in names:
         (tmp_path / name).touch()
-    assert artifact._variant(tmp_path) == variant
+    assert folders._variant(tmp_path) == variant
 
 
 def test_a_folder_takes_no_base(folder: pathlib.Path) -> None:
