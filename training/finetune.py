@@ -127,6 +127,7 @@ class FineTuning:
         Raises ConfigError if another run stands in its own, ArtifactError if a licence forbids it.
         """
         origin = {"teacher": self.teacher_name, "data": self.feed.source, "data_licences": self.feed.licences}
+        origin |= {"base": self._base} if self._base else {}
         files.check_replaceable(self.folder / "teacher", release.FINE_TUNING)
         lineage = origin | release.require_licences(origin, self.acceptance, teacher_licence=self.teacher_licence)
         configs.claim(self.folder, origin | self.config.decisive(), write=self.accelerator.is_main_process)

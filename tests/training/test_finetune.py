@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffusion_kd import artifact, errors, schedule
-from diffusion_kd.networks import lora
+from diffusion_kd.networks import lora, sdxl
 from diffusion_kd.objectives.base import Batch
 from diffusion_kd.types import Conditioning
 from eval import runs
-from tests import tiny, toys
+from tests import original_naming, tiny, toys
 from training import distill, finetune, teacher
 
 SHORT = [
@@ -81,6 +81,23 @@ def test_adapters_learn_and_are_fused_at_the_size_asked_for(
     assert moved and all("attentions" in name for name in moved)
     adapted = {name for name in tuned.unet.state_dict() if name.removesuffix(".weight").endswith(lora.TARGETS)}
     assert set(moved) == adapted
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+def test_a_single_file_learns_and_goes_on_with_its_base_alone(pictures: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    file, out = tmp_path / "model.safetensors", tmp_path / "run"
+    parts = sdxl.build_parts("cpu", original_naming.NARROW)
+    for base in ("base", "other"):
+        artifact.save_pipeline(tmp_path / base, parts=parts)
+    original_naming.save(file, parts, dtype=torch.float16)
+    given = ["--teacher", str(file), "--data", str(pictures), "--out", str(out), *SHORT, "size_px=64", "lora_rank=4"]
+    teacher.main([*given, "training.learning_rate=1e-2", "--base", str(tmp_path / "base")])
+    told = json.loads((out / "teacher" / "finetuning.json").read_text())
+    assert (told["teacher"], told["base"]) == (str(file), str(tmp_path / "base"))
+    tuned = artifact.load(str(out / "teacher"))
+    assert tuned.size_px == 64 and changed(tuned, artifact.load(str(file), base=str(tmp_path / "base")))
+    with pytest.raises(errors.ConfigError, match="holds a run with base = "):
+        teacher.main([*given, "training.learning_rate=1e-2", "--base", str(tmp_path / "other")])
 
 
 def test_the_loss_falls_where_there_is_little_to_learn(
