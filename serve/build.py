@@ -40,14 +40,17 @@ class Built:
     limiter: limits.RateLimiter
     deliverer: webhooks.Deliverer | None
     _tasks: list[asyncio.Task[Any]] = dataclasses.field(default_factory=list)
+    _threads: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+        # Python's own pool has few threads: slow storage must not keep keys and leases waiting.
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(_THREADS, "blocking")
+    )
 
     def start(self) -> list[asyncio.Task[Any]]:
         """The background tasks, which end with the service."""
         running = {"jobs": self.worker.run(), "sweep": self._sweep()}
         if self.deliverer is not None:
             running["webhooks"] = self.deliverer.run()
-        # Python's own pool has few threads: slow storage must not keep keys and leases waiting.
-        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(_THREADS, "blocking"))
+        asyncio.get_running_loop().set_default_executor(self._threads)
         self._tasks = [asyncio.create_task(work, name=name) for name, work in running.items()]
         for task in self._tasks:
             task.add_done_callback(_tell_death)
@@ -69,11 +72,17 @@ class Built:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._threads_end()
         if self.deliverer is not None:
             await self._hand_back(self.deliverer.owner)
         await self.limiter.close()
         await asyncio.to_thread(self.service.engine.close)
         self.service.store.close()
+
+    async def _threads_end(self) -> None:
+        """A task is cancelled at once; what it does to the store in a thread goes on. Later work has threads anew."""
+        asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor())
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def _hand_back(self, owner: str) -> None:
         """Webhooks that are under way go out again at once, from whoever is next, and not when their leases lapse."""

@@ -155,7 +155,7 @@ class Worker:
         self._service, self._store, self._deliverer = service, service.store, deliverer
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
-        self._claiming = True
+        self._claiming, self._claim_lock = True, asyncio.Lock()
 
     def wake(self) -> None:
         """There may be something to claim."""
@@ -186,6 +186,8 @@ class Worker:
     async def drain(self, timeout_s: float) -> None:
         """Claim nothing more, give what runs that long, and hand the rest back to the store."""
         self._claiming = False
+        async with self._claim_lock:  # what is being claimed is to be handed back too
+            pass
         if self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=timeout_s)
         left = list(self._tasks.values())
@@ -198,17 +200,17 @@ class Worker:
             log.warning("jobs cannot be handed back, and wait for their leases to run out: %s", error)
 
     async def _claim(self) -> int:
-        room = self._service.settings.job_concurrency - len(self._tasks)
-        if room <= 0 or not self._claiming:
-            return 0
-        claimed = await asyncio.to_thread(
-            self._store.claim_jobs, self._service.owner, room, self._service.settings.lease_s
-        )
-        for job in claimed:
-            task = asyncio.create_task(self._carry_out(job), name=job.id)
-            self._tasks[job.id] = task
-            task.add_done_callback(lambda _, job_id=job.id: self._done(job_id))  # type: ignore[misc]
-        return len(claimed)
+        settings = self._service.settings
+        async with self._claim_lock:
+            room = settings.job_concurrency - len(self._tasks)
+            if room <= 0 or not self._claiming:
+                return 0
+            claimed = await asyncio.to_thread(self._store.claim_jobs, self._service.owner, room, settings.lease_s)
+            for job in claimed:
+                task = asyncio.create_task(self._carry_out(job), name=job.id)
+                self._tasks[job.id] = task
+                task.add_done_callback(lambda _, job_id=job.id: self._done(job_id))  # type: ignore[misc]
+            return len(claimed)
 
     def _done(self, job_id: str) -> None:
         self._tasks.pop(job_id, None)
