@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _THREADS = 32
 """For what blocks: the database, image files."""
 
+_SETTLE_S = 5.0
+"""For the records of requests that were cut off."""
+
 
 @dataclasses.dataclass(slots=True)
 class Built:
@@ -69,6 +72,7 @@ class Built:
     async def close(self) -> None:
         """Drain, and end everything."""
         await self.drain()
+        await self.service.settle(_SETTLE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

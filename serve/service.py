@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _LATENCIES_KEPT = 1000
 _POLL_S = 1.0
+_SETTLED_S = 0.01
 LARGE = 1_000_000
 """Bytes of images that take the event loop too long to encode: some milliseconds."""
 
@@ -65,6 +66,7 @@ class Service:
         self.pictures = pictures_of_store
         self.price = costs.Price(settings.price_per_gpu_hour_usd)
         self._claims: dict[tuple[str, str], asyncio.Event] = {}
+        self._unsettled = 0
         self.budgets, self.ledger = budgets.Budgets(store), ledger.Ledger(store)
         self.limiter = limiter
         self.latencies_s = {tier: collections.deque[float](maxlen=_LATENCIES_KEPT) for tier in engine.models}
@@ -304,6 +306,25 @@ class Service:
         requests. A request that fails is forgotten, so that it can be sent again. Raises Conflict for another body or
         kind.
         """
+        self._unsettled += 1
+        try:
+            async with self._once(key, idempotency_key, kind, body) as first:
+                yield first
+        finally:
+            self._unsettled -= 1
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until all that has begun is recorded, also for those who have left. A store that is away prevents it."""
+        until_s = time.monotonic() + timeout_s
+        while self._unsettled and time.monotonic() < until_s:
+            await asyncio.sleep(_SETTLED_S)
+        if self._unsettled:
+            log.error("the service ends before %d requests are recorded", self._unsettled)
+
+    @contextlib.asynccontextmanager
+    async def _once(
+        self, key: records.Key, idempotency_key: str | None, kind: str, body: schemas.GenerationBody
+    ) -> AsyncIterator["First"]:
         if idempotency_key is None:
             yield First(None, repeatable=False)
             return

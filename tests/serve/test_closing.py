@@ -1,8 +1,11 @@
 """The end of a service while a thread is at work with the store, which no cancelling stops."""
 
+import concurrent.futures
+import functools
 import pathlib
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +13,8 @@ from fastapi import FastAPI
 
 from serve import api, build, webhooks
 from serve.settings import Settings
-from tests.serve.live import serving
+from tests.serve.live import GRACE_S, serving
+from tests.serve.test_api import GENERATIONS, body
 
 
 @pytest.mark.parametrize(
@@ -48,3 +52,30 @@ def test_what_is_under_way_in_the_store_is_over_first(late: str, waits: str, tmp
     with serving(tmp_path, create, webhook_secret=webhooks.new_secret()):
         assert began.wait(20)
     assert order[:2] == [late, waits]
+
+
+def test_a_request_that_was_cut_off_is_recorded_to_the_end(tmp_path: pathlib.Path) -> None:
+    """Its usage is being written when the server gives it up; its answer is kept for a repeat before the store ends."""
+    began, order = threading.Event(), list[str]()
+    seconds = {"record_usage": GRACE_S + 1, "complete_idempotent": 0.5, "close": 0}
+
+    def create(settings: Settings, built: build.Built) -> FastAPI:
+        def noted(name: str, work: Callable[..., Any], *given: Any) -> Any:
+            if name == "record_usage":
+                began.set()
+            time.sleep(seconds[name])
+            done = work(*given)
+            order.append(name)
+            return done
+
+        store = built.service.store
+        for name in seconds:
+            setattr(store, name, functools.partial(noted, name, getattr(store, name)))
+        return api.create_app(settings, built)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as clients, serving(tmp_path, create) as live:
+        user = live.user()
+        sent = clients.submit(user.post, GENERATIONS, json=body(), headers={"Idempotency-Key": "once"})
+        assert began.wait(20)
+    assert sent.exception() is not None or sent.result().status_code >= 500
+    assert order == list(seconds)
