@@ -346,13 +346,13 @@ def test_a_link_gives_the_image_to_whoever_has_it(live: Live, user: httpx.Client
 @pytest.fixture(scope="module")
 def fleeting(start: Start) -> Live:
     """Images expire after a second and a half, and are swept twice a second."""
-    return start(image_ttl_s=1.5, sweep_every_s=0.5)
+    return start(image_ttl_s=3, sweep_every_s=0.5)
 
 
 def test_a_link_expires(fleeting: Live) -> None:
     (image,) = made(fleeting.user(), body(response_format="url"))["data"]
     assert httpx.get(image["url"], trust_env=False).status_code == 200
-    fleeting.until(lambda: httpx.get(image["url"], trust_env=False).status_code in (403, 404), timeout_s=6)
+    fleeting.until(lambda: httpx.get(image["url"], trust_env=False).status_code in (403, 404))
     if image["url"].startswith(fleeting.url):
         refused(httpx.get(image["url"], trust_env=False), 404, code="not_found")
 
@@ -361,7 +361,7 @@ def test_a_job_outlives_its_images(fleeting: Live) -> None:
     user = fleeting.user()
     job = user.post("/v1/jobs", json=body()).json()["id"]
     fleeting.until(lambda: user.get(f"/v1/jobs/{job}").json()["status"] == "succeeded")
-    fleeting.until(lambda: user.get(f"/v1/jobs/{job}").json()["result"]["data"][0]["b64_json"] is None, timeout_s=6)
+    fleeting.until(lambda: user.get(f"/v1/jobs/{job}").json()["result"]["data"][0]["b64_json"] is None)
     shown = user.get(f"/v1/jobs/{job}").json()
     assert shown["status"] == "succeeded" and shown["result"]["data"][0]["seed"] == shown["request"]["seed"]
 
