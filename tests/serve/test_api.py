@@ -345,7 +345,7 @@ def test_a_link_gives_the_image_to_whoever_has_it(live: Live, user: httpx.Client
 
 @pytest.fixture(scope="module")
 def fleeting(start: Start) -> Live:
-    """Images expire after a second and a half, and are swept twice a second."""
+    """Images expire after three seconds, and are swept twice a second."""
     return start(image_ttl_s=3, sweep_every_s=0.5)
 
 
