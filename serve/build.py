@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _THREADS = 32
 """For what blocks: the database, image files."""
 
-_SETTLE_S = 5.0
-"""For the records of requests that were cut off."""
+SETTLE_S = 5.0
+"""For the records of requests that were cut off, and for what is under way in threads."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -72,7 +72,7 @@ class Built:
     async def close(self) -> None:
         """Drain, and end everything."""
         await self.drain()
-        await self.service.settle(_SETTLE_S)
+        await self.service.settle(SETTLE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -86,7 +86,11 @@ class Built:
     async def _threads_end(self) -> None:
         """A task is cancelled at once; what it does to the store in a thread goes on. Later work has threads anew."""
         asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor())
-        await asyncio.to_thread(self._threads.shutdown)
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await asyncio.to_thread(self._threads.shutdown)
+        except TimeoutError:
+            log.warning("the service ends while the database or the images' folder has not answered")
 
     async def _hand_back(self, owner: str) -> None:
         """Webhooks that are under way go out again at once, from whoever is next, and not when their leases lapse."""

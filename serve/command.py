@@ -18,7 +18,7 @@ from serve import build, connections, telemetry
 from serve.settings import Settings, unknown_variables
 
 _SAME_SIGNAL_S = 1.0
-_AFTER_DRAIN_S = 5
+AFTER_DRAIN_S = 5
 """For answers on their way to clients; what had to be made is made by then."""
 
 
@@ -102,7 +102,7 @@ def run(settings: Settings, create: Callable[[Settings, build.Built], FastAPI]) 
         ws="none",
         log_config=None,
         limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=_AFTER_DRAIN_S,
+        timeout_graceful_shutdown=AFTER_DRAIN_S,
         server_header=False,
     )
     Server(config, drain).run(sockets=[listening])

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 _RENEWALS_PER_LEASE = 3
 _IDLE_S = 1.0
 _TRIES_TO_WRITE = 6
-_HANDED_BACK = "handed back"
+_CANCELLED, _HANDED_BACK = "cancelled", "handed back"
+"""Why a job's task is cancelled; without a word, it is the whole process that ends."""
 
 
 class Jobs:
@@ -164,7 +165,7 @@ class Worker:
     def cancel(self, job_id: str) -> None:
         """A job was cancelled: if it runs here, it stops."""
         if job_id in self._tasks:
-            self._tasks[job_id].cancel("cancelled")
+            self._tasks[job_id].cancel(_CANCELLED)
         elif self._deliverer is not None:
             self._deliverer.wake()
 
@@ -234,7 +235,7 @@ class Worker:
         try:
             await self._attempt(job)
         except asyncio.CancelledError as error:
-            if error.args != (_HANDED_BACK,):
+            if error.args == (_CANCELLED,):
                 await self._finish(job, _Ending("cancelled"))
         except _HandedBack:
             log.info("a job is handed back to the store")
@@ -274,7 +275,7 @@ class Worker:
                     try:
                         return carried_out, await self._service.outcome(ticket)
                     except asyncio.CancelledError as error:
-                        if error.args != (_HANDED_BACK,):  # whoever takes it back has had this much of the device
+                        if error.args == (_CANCELLED,):  # whoever takes it back has had this much of the device
                             await self._service.charge_unmade(key, carried_out, ticket)
                         raise
             except errors.Overloaded as error:

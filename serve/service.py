@@ -95,8 +95,11 @@ class Service:
         async with self.once(key, idempotency_key, "images", body) as first:
             if first.answer is not None:
                 return await self.render(first.answer)
-            async with self.admitted(key, plan) as (plan, ticket):
-                files = await self._made(key, plan, ticket, first)
+            async with (
+                self.admitted(key, plan) as (plan, ticket),
+                self._making(key, plan, ticket, first) as made,
+            ):
+                files = await asyncio.shield(made)
             return await self.render(first.known, files=files)
 
     async def stream(
@@ -115,22 +118,38 @@ class Service:
             if first.answer is not None:
                 yield None
             else:
-                async with self.admitted(key, plan, on_preview) as (plan, ticket):
+                async with (
+                    self.admitted(key, plan, on_preview) as (plan, ticket),
+                    self._making(key, plan, ticket, first) as made,
+                ):
+                    made.add_done_callback(lambda _: waiting.put_nowait(None))
                     yield None
-                    ticket.future.add_done_callback(lambda _: loop.call_soon_threadsafe(waiting.put_nowait, None))
                     while (partial := await waiting.get()) is not None:
                         yield partial
-                    files = await self._made(key, plan, ticket, first)
+                    files = await asyncio.shield(made)
             answer = await self.render(first.known, files=files)
         for event in _completed(answer):
             yield event
 
-    async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, first: "First") -> Sequence[bytes]:
-        """The files of an admitted request, once it is made and recorded; its answer is left in `first`.
+    @contextlib.asynccontextmanager
+    async def _making(
+        self, key: records.Key, plan: Plan, ticket: Ticket, first: "First"
+    ) -> AsyncIterator[asyncio.Task[Sequence[bytes]]]:
+        """The files of an admitted request, to be awaited with a shield; its answer is left in `first`.
 
-        From the moment that it is made, it is recorded to the end, whether or not the client still listens: a repeat
-        finds the answer.
+        From the moment that it is made, it is recorded to the end, whether or not the client still listens or has read
+        what came before: a repeat finds the answer.
         """
+        made = asyncio.create_task(self._made(key, plan, ticket, first))
+        try:
+            yield made
+        finally:
+            if ticket.over:
+                await asyncio.gather(made, return_exceptions=True)
+            else:
+                made.cancel()
+
+    async def _made(self, key: records.Key, plan: Plan, ticket: Ticket, first: "First") -> Sequence[bytes]:
         result = await self.outcome(ticket)
         return await _to_the_end(self._settle(key, plan, result, first))
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from serve import settings
+from serve import build, command, settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 PREFIX = "DIFFUSION_KD_"
@@ -195,7 +195,8 @@ def test_every_volume_is_declared() -> None:
 
 def test_the_service_may_finish_before_it_is_killed() -> None:
     grace = compose()["services"]["service"]["stop_grace_period"]
-    assert float(grace.removesuffix("s")) > settings.Settings.model_fields["drain_s"].default
+    after_drain_s = command.AFTER_DRAIN_S + 2 * build.SETTLE_S
+    assert float(grace.removesuffix("s")) > settings.Settings.model_fields["drain_s"].default + after_drain_s
 
 
 def test_the_tests_and_compose_use_one_s3_server() -> None:

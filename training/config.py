@@ -49,7 +49,7 @@ def _merged(schema: type, config: Any, given: Any) -> Any:
         raise errors.ConfigError(_misfit(schema, key, omegaconf.OmegaConf.to_container(given))) from None
     for name, kind, value in _settings(schema, omegaconf.OmegaConf.to_container(given)):
         # omegaconf takes every number but 0 for true.
-        if kind is bool and isinstance(value, int | float) and value not in (0, 1):
+        if kind is bool and isinstance(value, int) and value not in (0, 1):
             raise errors.ConfigError(f"{name} is {value!r}; it must be {_WANTED[bool]}")
     return merged
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from serve import deps, errors, schemas
 from serve.engine import encoding
@@ -77,7 +78,7 @@ async def generate(
     if body.stream:
         events = service.stream(key, body, idempotency_key)
         await deps.until_left(request, _first(events))
-        return StreamingResponse(_sent(request, events), media_type="text/event-stream", headers=_NO_BUFFERING)
+        return _Events(request, events)
     answer = await deps.until_left(request, service.generate(key, body, idempotency_key))
     served = {"X-Tier-Served": answer.model}
     return await deps.written(answer, headers=served)
@@ -112,7 +113,7 @@ async def _first(events: AsyncIterator[Event | None]) -> None:
     assert admitted is None, "a stream begins when it is admitted"
 
 
-async def _sent(request: Request, events: AsyncGenerator[Event | None]) -> AsyncIterator[bytes]:
+async def _sent(request: Request, events: AsyncGenerator[Event | None]) -> AsyncGenerator[bytes]:
     """Server-sent events, with a comment when nothing happens for a while, lest a proxy closes the connection."""
     left = asyncio.ensure_future(deps.left(request))
     following = asyncio.ensure_future(_next(events))
@@ -138,6 +139,21 @@ async def _sent(request: Request, events: AsyncGenerator[Event | None]) -> Async
             task.cancel()
         await asyncio.gather(left, following, return_exceptions=True)
         await events.aclose()
+
+
+class _Events(StreamingResponse):
+    """Ends its events when it ends. Starlette leaves a client that never reads to the garbage collector."""
+
+    def __init__(self, request: Request, events: AsyncGenerator[Event | None]) -> None:
+        self._events, self._sent = events, _sent(request, events)
+        super().__init__(self._sent, media_type="text/event-stream", headers=_NO_BUFFERING)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._sent.aclose()
+            await self._events.aclose()  # of a response that never began
 
 
 async def _next(events: AsyncIterator[Event | None]) -> Event | None:

@@ -6,6 +6,7 @@ DIFFUSION_KD_TEST_POSTGRES, DIFFUSION_KD_TEST_S3: as in tests/serve/store/confte
 
 import base64
 import concurrent.futures
+import datetime
 import os
 import pathlib
 import random
@@ -345,6 +346,22 @@ def test_a_second_signal_ends_it_at_once(tmp_path: pathlib.Path) -> None:
         assert service.exit_code(within_s=0) == 0
         assert time.monotonic() - began_s < 5
         assert all(one.exception() or one.result().status_code >= 500 for one in cut_off)
+
+
+def test_a_second_signal_takes_no_job_for_cancelled(tmp_path: pathlib.Path) -> None:
+    settings = {"drain_s": 600, "lease_s": 600}
+    with processes.running(tmp_path, **settings) as service:
+        job = accept_job(service.url, num_inference_steps=100, n=10)
+        eventually(lambda: active(service.url) == 8, what="work for the device")
+        while service.process.is_alive():
+            service.signal(signal.SIGTERM)
+            service.process.join(0.4)
+        assert service.exit_code(within_s=0) == 0
+    store = records_of(tmp_path)
+    found = store.get_job(job, None)
+    assert found is not None and (found.status, found.attempts) == ("queued", 0)
+    assert store.usage_days(found.key_id, datetime.date.min, datetime.date.max) == []
+    store.close()
 
 
 def test_one_signal_that_comes_twice_at_once_is_one(tmp_path: pathlib.Path) -> None:
