@@ -130,12 +130,15 @@ def test_a_stream_that_is_not_read_on_is_paid_for(made: bool, tmp_path: pathlib.
     length = {"n": 1, "num_inference_steps": 10} if made else {"n": 10, "num_inference_steps": 100}
     asked = schemas.GenerationBody(prompt="a red circle", model="premium", stream=True, partial_images=3, **length)
 
+    recording = threading.Event()
+
     async def use() -> None:
         built = build.build(settings)
         built.start()
         service, record = built.service, built.service.store.record_usage
 
         def slowly(*usages: Usage) -> None:
+            recording.set()
             time.sleep(0.3)
             record(*usages)
 
@@ -144,8 +147,9 @@ def test_a_stream_that_is_not_read_on_is_paid_for(made: bool, tmp_path: pathlib.
         events = service.stream(key, asked)
         assert await anext(events) is None
         assert isinstance(await anext(events), schemas.PartialImageEvent)
-        while made and service.engine.queued("premium") + service.engine.active("premium"):
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(20):
+            while made and not recording.is_set():
+                await asyncio.sleep(0.01)
         await events.aclose()
         (day,) = service.store.usage_days(key.id, datetime.date.min, datetime.date.max)
         assert day.images == int(made) and day.cost_nanousd > 0
