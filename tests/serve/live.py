@@ -30,8 +30,6 @@ from serve.settings import Settings
 
 ADMIN = "dkd_the-admin-key-of-the-tests"
 PROMPT = "a large red circle left of a small blue square"
-GRACE_S = 2
-"""How long a server that ends waits for its answers."""
 
 
 @dataclasses.dataclass
@@ -141,7 +139,7 @@ def _uvicorn(settings: Settings, app: FastAPI) -> Iterator[None]:
         ws="none",
         log_config=None,
         limit_concurrency=settings.max_connections,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=2,
         server_header=False,
     )
     server = uvicorn.Server(config)
