@@ -106,7 +106,8 @@ class Tier:
         count = max(len(tokenizer(text, verbose=False).input_ids) for tokenizer in self._tokenizers)
         if count <= window:
             return []
-        return [f"{field} has {count} tokens and the text encoders read {window}: the last {count - window} were cut"]
+        cut = "last was" if count - window == 1 else f"last {count - window} were"
+        return [f"{field} has {count} tokens and the text encoders read {window}: the {cut} cut"]
 
 
 class Catalogue:
@@ -125,8 +126,8 @@ class Catalogue:
     def find(self, model: str) -> Tier:
         """The tier of a name or alias. Raises NotFound."""
         if model not in self._names:
-            known = ", ".join(self._names)
-            raise errors.NotFound(f"no such model; there are {known}", param="model", code="model_not_found")
+            known, given = ", ".join(self._names), ascii(model)[1:-1][:100]
+            raise errors.NotFound(f"no model '{given}'; there are {known}", param="model", code="model_not_found")
         return self.tiers[self._names[model]]
 
     def plan(self, body: schemas.GenerationBody, key: str) -> Plan:

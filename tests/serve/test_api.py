@@ -131,6 +131,8 @@ def test_steps_guidance_and_negative_prompt_are_honoured(user: httpx.Client) -> 
 def test_what_the_text_encoders_do_not_read_is_said(user: httpx.Client) -> None:
     (warning,) = made(user, body(prompt="a red circle and " * 200))["warnings"]
     assert warning.startswith("prompt has") and "were cut" in warning
+    (warning,) = made(user, body(prompt="red " * 31))["warnings"]
+    assert warning == "prompt has 33 tokens and the text encoders read 32: the last was cut"
     both = made(user, premium(prompt="red " * 500, negative_prompt="blue " * 500))["warnings"]
     assert [one.split()[0] for one in both] == ["prompt", "negative_prompt"]
 

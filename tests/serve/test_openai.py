@@ -152,7 +152,7 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
         lambda: client.images.generate(model="dall-e-9", prompt=PROMPT),
         lambda: client.models.retrieve("dall-e-9"),
     ):
-        with pytest.raises(openai.NotFoundError, match="premium, turbo") as caught:
+        with pytest.raises(openai.NotFoundError, match="no model 'dall-e-9'; there are premium, turbo") as caught:
             ask()
         assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
